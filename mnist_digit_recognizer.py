@@ -14,7 +14,7 @@
     python mnist_digit_recognizer.py                             # train on MNIST, results in outputs/
     python mnist_digit_recognizer.py --predict my_digits/        # then: which digits are these?
 
-The file reads from top to bottom in the order in which the data flows: configuration, data, preprocessing, augmentation,
+The file reads from top to bottom in the order in which data flows: configuration, data, preprocessing, augmentation,
 model, training, evaluation, your own images, plots, outputs, main. No part uses anything of a part below it.
 """
 
@@ -28,6 +28,7 @@ import datetime
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -43,7 +44,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -98,6 +99,20 @@ class Config:
     predict: list[Path] | None
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, instead of after thirty lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"error: {message}; see --help\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that takes a value; where there is none, the help text says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, True, False) else action.help
+
+
 def number(kind: type, low: float, high: float = math.inf, *, exclusive: bool = False) -> Callable[[str], Any]:
     """A converter for argparse: a finite `kind` in [low, high], or in the open interval where `exclusive`."""
 
@@ -115,10 +130,10 @@ def number(kind: type, low: float, high: float = math.inf, *, exclusive: bool = 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a network that reads handwritten digits, measure it, and read your own pictures with it.",
         epilog="exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 3 done but below --min-accuracy",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,  # a script that says --epoch today must not break when --epoch-size comes
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
@@ -203,7 +218,10 @@ def build_parser() -> argparse.ArgumentParser:
     results.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="where results go")
     results.add_argument("--no-plots", dest="plots", action="store_false", help="write no PNG files")
     results.add_argument(
-        "--min-accuracy", type=number(float, 0, 1), metavar="F", help="exit 3 where the test accuracy is below F"
+        "--min-accuracy",
+        type=number(float, 0, 1),
+        metavar="F",
+        help="exit 3 where the test accuracy is below F (default: any accuracy will do)",
     )
     results.add_argument("--quiet", action="store_true", help="print the last line of the summary and errors only")
 
@@ -300,7 +318,8 @@ def load_digits(source: str, log: Callable[[str], None]) -> Digits:
         arrays = read_idx_folder(path) if path.is_dir() else read_npz(path)
     except FileNotFoundError as error:
         raise Failure(
-            f"--data {source}: {error.filename or path} does not exist; give auto, mnist, synthetic, an .npz or a folder"
+            f"--data {source}: {error.filename or path} does not exist; give auto, mnist, synthetic, an .npz file "
+            "or a folder"
         ) from error
     name = "mnist" if sha256_of_arrays(arrays) == MNIST_SHA256 else path.resolve().stem
     return Digits(*arrays, name=name, origin=str(path))
@@ -414,9 +433,8 @@ def read_idx_folder(folder: Path) -> list[np.ndarray]:
 
 def read_idx(path: Path) -> np.ndarray:
     """One IDX file -> uint8 (n, 28, 28) images or (n,) labels, by what its header says."""
-    opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
     try:
-        with opened as stream:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
             magic, count = (int.from_bytes(stream.read(4), "big") for _ in range(2))
             dimensions = {2049: 0, 2051: 2}.get(
                 magic
@@ -739,8 +757,10 @@ def spline_matrix(strokes: list[np.ndarray], spacing: float = 0.035) -> np.ndarr
         knots = np.r_[0, np.cumsum(np.hypot(*np.diff(stroke, axis=0).T))]  # the length of the way to each point
         samples = np.linspace(0, knots[-1], max(4, round(knots[-1] / spacing)))
         from scipy.interpolate import CubicSpline
+
         blocks.append(CubicSpline(knots, np.eye(len(stroke)), bc_type="natural")(samples))
     from scipy.linalg import block_diag
+
     return block_diag(*blocks)
 
 
@@ -823,6 +843,7 @@ def draw_scribbles(n: int, rng: np.random.Generator) -> np.ndarray:
     knots = rng.uniform(-0.5, 0.5, (n, 9, 2))
     t = np.linspace(0, 8, 240)
     from scipy.interpolate import CubicSpline
+
     curve = CubicSpline(np.arange(9), knots, axis=1)(t)
     hat = np.maximum(1 - np.abs(t[:, None] - np.arange(9)), 0)  # linear interpolation between the points
     zigzag = hat @ knots
@@ -837,6 +858,7 @@ def draw_textures(n: int, rng: np.random.Generator) -> np.ndarray:
     """(n, 28, 28) uint8: noise, blurred noise, stripes, shades and blanks."""
     noise = rng.uniform(0, 1, (n, 28, 28))
     from scipy import ndimage
+
     blobs = ndimage.gaussian_filter(noise, (0, 1.5, 1.5)) * 6 - 2.5
     slope = rng.normal(0, 1, (n, 2, 1, 1)) * (np.arange(28) / 27 - 0.5)[:, None]
     shade = 0.5 + slope[:, 0] + slope[:, 1].transpose(0, 2, 1)
@@ -910,7 +932,8 @@ def augment_fast(images: tf.Tensor, ranges: Ranges, seed: tf.Tensor) -> tf.Tenso
 
     Args:
         images: float32 (n, 28, 28, 1) in [0, 1].
-        seed: int32 (2,).
+        ranges: how far to go.
+        seed: int32 (2,); the same seed makes the same images.
 
     Returns:
         float32 (n, 28, 28, 1) in [0, 1].
@@ -926,7 +949,7 @@ def augment_fast(images: tf.Tensor, ranges: Ranges, seed: tf.Tensor) -> tf.Tenso
 
 
 def move(images: tf.Tensor, ranges: Ranges, seed: tf.Tensor) -> tf.Tensor:
-    """Turn, shear, zoom, shift and mirror each image by its own random affine map about the centre, in one operation."""
+    """Turn, shear, zoom, shift and mirror each image by a random affine map of its own, all in one operation."""
     import tensorflow as tf
 
     def signed(values: tf.Tensor, limit: float) -> tf.Tensor:
@@ -1013,8 +1036,9 @@ def vary_light(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     images = ground + (1 - ground) * sometimes(0.3, 0.5, 1.0, 1.0) * images
     images = tf.abs(sometimes(0.1, 1.0, 1.0, 0.0) - images)
 
-    noise = tf.random.stateless_normal([noisy, 28, 28, 1], seeds[1]) * (0.25 * next(draws)[:noisy])
-    return tf.clip_by_value(tf.concat([images[:-noisy], images[-noisy:] + noise], axis=0), 0.0, 1.0)
+    clean = count - noisy
+    noise = tf.random.stateless_normal([noisy, 28, 28, 1], seeds[1]) * 0.25 * next(draws)[clean:]
+    return tf.clip_by_value(tf.concat([images[:clean], images[clean:] + noise], axis=0), 0.0, 1.0)
 
 
 def augment_keras(ranges: Ranges) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
@@ -1056,6 +1080,12 @@ def augmentation(config: Config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+MAX_MODEL_BYTES = 256 << 20
+MAX_LAYER_SIZE = 4096
+TRUSTED_MODULES = ("keras", "keras.layers", "keras.initializers", "keras.src.models.functional")
+FOREIGN_CODE_LAYERS = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "FlaxLayer", "JaxLayer")
+
+
 def build_model(name: str, dropout: float, seed: int) -> keras.Model:
     """A network from images, float32 (n, 28, 28, 1) in [0, 1], to probabilities, float32 (n, 10)."""
     import keras
@@ -1095,6 +1125,79 @@ def convolution(filters: int, size: int, padding: str) -> list[keras.Layer]:
     ]
 
 
+def save_model(model: keras.Model, path: Path) -> None:
+    """Write the network without its optimizer: a plain Keras file of plain Keras layers."""
+    import keras
+
+    keras.Model(model.inputs, model.outputs, name=model.name).save(path)
+
+
+def load_model(path: Path) -> keras.Model:
+    """Read a saved network that takes (n, 28, 28, 1) and gives (n, 10). The file is not trusted.
+
+    Raises:
+        Failure: it is no such file, is damaged, or could run code of its own.
+    """
+    import keras
+
+    try:
+        check_model_file(path)
+        model = keras.models.load_model(path, compile=False, safe_mode=True)
+    except Failure:
+        raise
+    except FileNotFoundError as error:
+        raise Failure(f"--model-file {path}: does not exist; train first, or name a .keras file") from error
+    except Exception as error:  # zipfile, json, h5py and Keras raise a dozen kinds at damaged files
+        raise Failure(f"--model-file {path}: is no readable Keras model ({describe(error)})") from error
+    if (model.input_shape, model.output_shape) != ((None, 28, 28, 1), (None, 10)):
+        raise Failure(
+            f"--model-file {path}: takes {model.input_shape} and gives {model.output_shape}; "
+            "this program needs a model that takes (None, 28, 28, 1) and gives (None, 10)"
+        )
+    return model
+
+
+def check_model_file(path: Path) -> None:
+    """Read a .keras file without building anything from it.
+
+    Raises:
+        Failure: it asks for other classes than Keras' own, for ones that run foreign code, or for too much memory.
+    """
+    import h5py
+
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > MAX_MODEL_BYTES:
+            raise Failure(f"--model-file {path}: unpacks to more than {MAX_MODEL_BYTES >> 20} MiB")
+        if damaged := archive.testzip():
+            raise Failure(f"--model-file {path}: is damaged (in {damaged}); copy it anew")
+        check_model_config(json.loads(archive.read("config.json")), path)
+        with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as weights:
+            sizes: list[int] = []
+            weights.visititems(lambda _, item: sizes.append(getattr(item, "nbytes", 0)))
+            if sum(sizes) > MAX_MODEL_BYTES:
+                raise Failure(f"--model-file {path}: its weights take more than {MAX_MODEL_BYTES >> 20} MiB")
+
+
+def check_model_config(node: Any, path: Path, key: str = "") -> None:
+    """Walk through the description of a model.
+
+    Raises:
+        Failure: as `check_model_file`.
+    """
+    if isinstance(node, dict):
+        module, name = node.get("module"), node.get("class_name")
+        foreign = module not in TRUSTED_MODULES or name in FOREIGN_CODE_LAYERS
+        if name not in (None, "__keras_tensor__") and foreign:
+            raise Failure(f"--model-file {path}: uses {module}.{name}, which may run code of its own: not loaded")
+        for child_key, child in node.items():
+            check_model_config(child, path, child_key)
+    elif isinstance(node, list):
+        for child in node:
+            check_model_config(child, path, key)
+    elif isinstance(node, int) and node > MAX_LAYER_SIZE and key not in ("seed", "shared_object_id"):
+        raise Failure(f"--model-file {path}: wants a layer with {key} {node}, more than this program builds")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: model + data -> history
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1112,7 +1215,7 @@ class Steps(NamedTuple):
 
 
 def count_steps(images: int, batch_size: int) -> Steps:
-    """Cut `images` into whole batches, and the batches into whole calls; what is left over is other images each epoch."""
+    """Cut `images` into whole batches, and these into whole calls; what is left over changes from epoch to epoch."""
     batch_size = min(batch_size, images)
     per_epoch = images // batch_size
     per_call = min(STEPS_PER_CALL, per_epoch)
@@ -1204,6 +1307,8 @@ def train_model(
         model: uncompiled; its weights change in place.
         training: images uint8 (n, 28, 28) and targets float32 (n, 10), rows that sum to 1.
         validation: likewise.
+        config: of it the flags that concern augmentation and training.
+        log: takes a line an epoch.
 
     Returns:
         A row an epoch: epoch, loss, accuracy, val_loss, val_accuracy, learning_rate, seconds.
@@ -1251,13 +1356,6 @@ def train_model(
     if not history or not math.isfinite(history[-1]["loss"]):
         raise Failure("the loss is no number any more, so nothing was saved; try a smaller --learning-rate")
     return history
-
-
-def save_model(model: keras.Model, path: Path) -> None:
-    """Write the network without its optimizer: a plain Keras file of plain Keras layers."""
-    import keras
-
-    keras.Model(model.inputs, model.outputs, name=model.name).save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1438,7 +1536,7 @@ def plot_pixels(path: Path, image: np.ndarray, label: int) -> None:
         13,
         8.6,
         f"What a computer sees: an image of a {label} is 28 x 28 numbers",
-        "Left: each pixel's brightness, 0 (black) to 255 (white). Right: grey needs one number a pixel, colour needs three.",
+        "Left: each pixel's brightness, 0 (black) to 255 (white). Right: grey needs one number a pixel, colour three.",
     )
     grid = figure.add_gridspec(3, 5, width_ratios=[1, 1, 1, 0.75, 0.75])
     numbers = figure.add_subplot(grid[:, :3])
@@ -1454,10 +1552,12 @@ def plot_pixels(path: Path, image: np.ndarray, label: int) -> None:
     show_image(figure.add_subplot(grid[0, 3]), image, "grey: 28 x 28 x 1")
     show_image(figure.add_subplot(grid[0, 4]), colour, "colour: 28 x 28 x 3", cmap=None)
     for place, channel, name in zip(
-        (grid[1, 3], grid[1, 4], grid[2, 3]), range(3), ("Red", "Green", "Blue"), strict=True
+        (grid[1, 3], grid[1, 4], grid[2, 3]), range(3), ("red", "green", "blue"), strict=True
     ):
-        title = f"{name.lower()} channel, {colour[..., channel].min()} to {colour[..., channel].max()}"
-        show_image(figure.add_subplot(place), colour[..., channel], title, cmap=f"{name}s_r")
+        title = f"{name} channel, {colour[..., channel].min()} to {colour[..., channel].max()}"
+        alone = np.zeros_like(colour)
+        alone[..., channel] = colour[..., channel]
+        show_image(figure.add_subplot(place), alone, title, cmap=None)
     note = figure.add_subplot(grid[2, 4])
     note.set_axis_off()
     note.text(
@@ -1710,6 +1810,20 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     return metrics if isinstance(metrics, dict) else {}
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 (hexadecimal) of each file in `folder`, by name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def metrics_of_model(model_file: Path) -> dict[str, Any]:
+    """The metrics.json of the run that made this model; empty where none lies beside it."""
+    metrics = read_metrics(model_file.parent)
+    checksum = metrics.get("files", {}).get(model_file.name)
+    if checksum != hashlib.sha256(model_file.read_bytes()).hexdigest():
+        return {}
+    return metrics.get("training", metrics)  # an evaluation into the same folder keeps those of the training
+
+
 def peak_rss_mib() -> int | None:
     """The most memory that this process has held, in MiB; None on systems that do not tell."""
     try:
@@ -1801,7 +1915,8 @@ def dataset_title(digits: Digits) -> str:
 
 def result_title(digits: Digits, evaluation: Evaluation) -> str:
     wrong, total = (~evaluation.correct).sum(), len(evaluation.labels)
-    return f"{dataset_title(digits)}: {100 * evaluation.correct.mean():.2f}% right, {wrong:,} errors in {total:,} test images"
+    right = f"{100 * evaluation.correct.mean():.2f}% right"
+    return f"{dataset_title(digits)}: {right}, {wrong:,} errors in {total:,} test images"
 
 
 def refuse_to_replace_other_data(config: Config, digits: Digits) -> None:
@@ -1867,8 +1982,8 @@ def run_training(config: Config) -> int:
             non_digits = non_digits_for(x_train, y_train, config.seed)
         title = dataset_title(digits)
         log(
-            f"{title} from {digits.origin}: {len(x_train):,} images to train on and {len(non_digits):,} that are no digit, "
-            f"{len(x_validation):,} for validation, {len(digits.test_images):,} for the test"
+            f"{title} from {digits.origin}: {len(x_train):,} images to train on, and {len(non_digits):,} that are no "
+            f"digit; {len(x_validation):,} for validation, {len(digits.test_images):,} for the test"
         )
         with clock.stage("training"):
             model = build_model(config.model, config.dropout, config.seed)
@@ -1902,6 +2017,36 @@ def run_training(config: Config) -> int:
             "dataset": dataset_metrics(digits),
             "training_images_per_second": len(history) * (len(x_train) + len(non_digits)) / clock.seconds["training"],
             **environment_metrics(config, clock),
+            "files": checksums(results),
+        }
+        write_json(results / "metrics.json", metrics)
+    return report(config, digits, metrics)
+
+
+def run_evaluation(config: Config) -> int:
+    """Measure a saved model on test images."""
+    clock = Clock(utc_now(), {})
+    with results_folder(config.output_dir) as results:
+        with clock.stage("startup"):
+            import_tensorflow()
+            model = load_model(config.model_file)
+        with clock.stage("data"):
+            digits = load_digits(config.data, warn)
+            refuse_to_replace_other_data(config, digits)
+        with clock.stage("evaluation"):
+            evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
+        with clock.stage("plots"):
+            write_evaluation(results, digits.test_images, evaluation, config, result_title(digits, evaluation))
+        training = metrics_of_model(config.model_file)
+        metrics = {
+            **evaluation_metrics(evaluation),
+            **{key: training.get(key) for key in ("validation_accuracy", "validation_loss", "temperature")},
+            "rejection_threshold": training.get("rejection_threshold"),
+            "parameters": model.count_params(),
+            "dataset": dataset_metrics(digits),
+            "training": training,
+            **environment_metrics(config, clock),
+            "files": read_metrics(config.output_dir).get("files", {}) | checksums(results),
         }
         write_json(results / "metrics.json", metrics)
     return report(config, digits, metrics)
@@ -1909,18 +2054,16 @@ def run_training(config: Config) -> int:
 
 def report(config: Config, digits: Digits, metrics: dict[str, Any]) -> int:
     """Print the summary; its last line, which --quiet leaves, says it all. Returns the exit code."""
-    log = announce(config)
+    log, total = announce(config), len(digits.test_labels)
     timings = ", ".join(f"{name} {seconds:.1f}" for name, seconds in metrics["timings_seconds"].items())
     log("")
     log(f"data         {dataset_title(digits)}, from {digits.origin}")
-    log(
-        f"accuracy     {100 * metrics['test_accuracy']:.2f}%: {metrics['test_errors']} errors in {len(digits.test_labels):,} test images"
-    )
+    log(f"accuracy     {100 * metrics['test_accuracy']:.2f}%: {metrics['test_errors']} errors in {total:,} test images")
     log(f"loss         {metrics['test_loss']:.4f}; calibration error {metrics['expected_calibration_error']:.4f}")
     log(f"seconds      {timings}")
     log(f"memory       {metrics['peak_rss_mib']} MiB at the most")
     log(f"results      {config.output_dir.resolve()}")
-    accuracy = f"{100 * metrics['test_accuracy']:.2f}% of {len(digits.test_labels):,} {dataset_title(digits)} test images are right"
+    accuracy = f"{100 * metrics['test_accuracy']:.2f}% of {total:,} {dataset_title(digits)} test images are right"
     if config.min_accuracy is not None and metrics["test_accuracy"] < config.min_accuracy:
         print(f"{accuracy}: BELOW the --min-accuracy of {100 * config.min_accuracy:g}%", flush=True)
         return EXIT_BELOW_MINIMUM
@@ -1931,7 +2074,7 @@ def report(config: Config, digits: Digits, metrics: dict[str, Any]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_config(arguments)
     try:
-        return run_training(config)
+        return run_evaluation(config) if config.evaluate else run_training(config)
     except Failure as failure:
         warn(f"error: {failure}")
         return EXIT_FAILED
