@@ -35,6 +35,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -90,13 +91,24 @@ class Config:
     dropout: float
     patience: int
     seed: int
+    resume: bool
+    members: int
+    strategy: str
     output_dir: Path
     plots: bool
     min_accuracy: float | None
     quiet: bool
     model_file: Path
+    combine: list[Path] | None
     evaluate: bool
     predict: list[Path] | None
+
+
+# The flags that decide which weights a run ends with; a run may be taken up again only with the same ones.
+RESULT_FLAGS = (
+    "train_limit validation_split augment rotation shift zoom shear elastic flip model epochs batch_size learning_rate "
+    "label_smoothing dropout patience seed members"
+).split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -213,6 +225,24 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help="of every random choice"
     )
+    training.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last finished epoch of a run that was stopped, with the same result as if it had not been",
+    )
+    training.add_argument(
+        "--members",
+        type=number(int, 1, 1000),
+        default=1,
+        metavar="N",
+        help="train a committee of N networks, with the seeds --seed, --seed + 1, ..., and save it as one model",
+    )
+    training.add_argument(
+        "--strategy",
+        choices=["auto", "none", "mirrored"],
+        default="auto",
+        help="mirrored: each batch is shared out among this machine's GPUs; auto: so where there are two or more",
+    )
 
     results = parser.add_argument_group("results")
     results.add_argument("--output-dir", type=Path, default=Path("outputs"), metavar="DIR", help="where results go")
@@ -231,6 +261,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     action = use.add_mutually_exclusive_group()
     action.add_argument(
+        "--combine",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="no training: join the models of earlier runs, model.keras in each of these folders, into a committee",
+    )
+    action.add_argument(
         "--evaluate", action="store_true", help="no training: measure --model-file on the test images of --data"
     )
     action.add_argument(
@@ -245,10 +282,24 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     flags = parser.parse_args(arguments)
     if flags.model_file and not (flags.evaluate or flags.predict):
         parser.error("--model-file goes with --evaluate or --predict; a training run always makes a new model")
+    if flags.combine and len(flags.combine) < 2:
+        parser.error("--combine needs two or more folders")
+    if flags.resume and (flags.combine or flags.evaluate or flags.predict):
+        parser.error("--resume goes with a training run only")
     if flags.min_accuracy is not None and flags.predict:
         parser.error("--min-accuracy does not go with --predict, where the true digits are not known")
     flags.model_file = flags.model_file or flags.output_dir / "model.keras"
     return Config(**vars(flags))
+
+
+def announce(config: Config) -> Callable[[str], None]:
+    """What to print progress with: nothing under --quiet; flushed, so that a log file can be followed."""
+    return (lambda line: None) if config.quiet else functools.partial(print, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print to standard error, so that what is read by machines stays clean."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def import_tensorflow() -> None:
@@ -296,7 +347,7 @@ class Digits(NamedTuple):
     origin: str
 
 
-def load_digits(source: str, log: Callable[[str], None]) -> Digits:
+def load_digits(source: str) -> Digits:
     """Load the data set that `--data` names.
 
     Raises:
@@ -310,8 +361,8 @@ def load_digits(source: str, log: Callable[[str], None]) -> Digits:
         except Failure as failure:
             if source == "mnist":
                 raise
-            log(f"WARNING: {failure}")
-            log("WARNING: this run uses SYNTHETIC digits, drawn from strokes. Its figures are NOT those of MNIST.")
+            warn(f"WARNING: {failure}")
+            warn("WARNING: this run uses SYNTHETIC digits, drawn from strokes. Its figures are NOT those of MNIST.")
             return load_synthetic(f"drawn from strokes, because MNIST could not be had: {failure}")
     path = Path(source)
     try:
@@ -1125,6 +1176,30 @@ def convolution(filters: int, size: int, padding: str) -> list[keras.Layer]:
     ]
 
 
+def join_models(members: Sequence[keras.Model]) -> keras.Model:
+    """A committee: the mean of the members' logits, through one softmax. So it multiplies what they find probable."""
+    import keras
+    from keras import layers
+
+    inputs = keras.Input((28, 28, 1))
+    logits = [
+        keras.Model(member.inputs, member.layers[-1].input, name=f"member_{index}")(inputs)
+        for index, member in enumerate(members, start=1)
+    ]
+    return keras.Model(inputs, layers.Softmax()(layers.Average()(logits)), name="committee")
+
+
+def divide_logits(model: keras.Model, temperature: float) -> None:
+    """Fold a temperature into the weights of the layer, or of each member's layer, that gives the logits."""
+    import keras
+
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            divide_logits(layer, temperature)
+        elif layer.name == "logits":
+            layer.set_weights([weights / temperature for weights in layer.get_weights()])
+
+
 def save_model(model: keras.Model, path: Path) -> None:
     """Write the network without its optimizer: a plain Keras file of plain Keras layers."""
     import keras
@@ -1207,7 +1282,7 @@ STEPS_PER_CALL = 16  # that `fit` takes before it comes back to Python; at this 
 
 
 class Steps(NamedTuple):
-    """How an epoch is cut: `per_epoch` steps of `batch_size` images, `per_call` at a time (a divisor of `per_epoch`)."""
+    """An epoch: `per_epoch` steps of `batch_size` images each, taken `per_call` at a time (a divisor of `per_epoch`)."""
 
     batch_size: int
     per_epoch: int
@@ -1299,6 +1374,8 @@ def train_model(
     training: tuple[np.ndarray, np.ndarray],
     validation: tuple[np.ndarray, np.ndarray],
     config: Config,
+    seed: int,
+    checkpoint: Path,
     log: Callable[[str], None],
 ) -> list[dict[str, float]]:
     """Fit the model.
@@ -1308,6 +1385,8 @@ def train_model(
         training: images uint8 (n, 28, 28) and targets float32 (n, 10), rows that sum to 1.
         validation: likewise.
         config: of it the flags that concern augmentation and training.
+        seed: of the order of the images and of the augmentation.
+        checkpoint: a file to keep the state in after each epoch; where it exists, training goes on from there.
         log: takes a line an epoch.
 
     Returns:
@@ -1321,11 +1400,13 @@ def train_model(
     images, targets = training
     steps = count_steps(len(images), config.batch_size)
     compile_model(model, config, steps)
-    history: list[dict[str, float]] = []
+    history, best_weights = load_checkpoint(checkpoint, model)
+    if history:
+        log(f"goes on after epoch {len(history)}")
     clock = time.perf_counter()
 
     def finish_epoch(epoch: int, logs: dict[str, float]) -> None:
-        nonlocal clock
+        nonlocal clock, best_weights
         now = time.perf_counter()
         rate = float(model.optimizer.learning_rate)
         history.append({"epoch": epoch + 1, **logs, "learning_rate": rate, "seconds": round(now - clock, 3)})
@@ -1337,25 +1418,89 @@ def train_model(
                 f"  validation loss {logs['val_loss']:.4f}  accuracy {logs['val_accuracy']:.4f}"
                 f"  {history[-1]['seconds']:.1f} s"
             )
+        if not math.isfinite(logs["loss"]):
+            raise Failure("the loss is no number any more, so nothing was saved; try a smaller --learning-rate")
+        if config.patience and best_epoch(history) == epoch + 1:
+            best_weights = model.get_weights()
+        save_checkpoint(checkpoint, model, history, best_weights)
+        model.stop_training = is_finished(history, config)
 
-    callbacks = [keras.callbacks.TerminateOnNaN(), keras.callbacks.LambdaCallback(on_epoch_end=finish_epoch)]
-    if config.patience:
-        callbacks.append(
-            keras.callbacks.EarlyStopping(monitor="val_loss", patience=config.patience, restore_best_weights=True)
+    if not is_finished(history, config):
+        model.fit(
+            training_batches(images, targets, config, seed, first_epoch=len(history)),
+            initial_epoch=len(history),
+            epochs=config.epochs,
+            steps_per_epoch=steps.per_epoch,
+            shuffle=False,  # the batches come shuffled
+            validation_data=(normalise(validation[0]), validation[1]),
+            validation_batch_size=500,
+            callbacks=[keras.callbacks.TerminateOnNaN(), keras.callbacks.LambdaCallback(on_epoch_end=finish_epoch)],
+            verbose=1 if sys.stdout.isatty() and not config.quiet else 0,
         )
-    model.fit(
-        training_batches(images, targets, config, config.seed),
-        epochs=config.epochs,
-        steps_per_epoch=steps.per_epoch,
-        shuffle=False,  # the batches come shuffled
-        validation_data=(normalise(validation[0]), validation[1]),
-        validation_batch_size=500,
-        callbacks=callbacks,
-        verbose=1 if sys.stdout.isatty() and not config.quiet else 0,
-    )
-    if not history or not math.isfinite(history[-1]["loss"]):
-        raise Failure("the loss is no number any more, so nothing was saved; try a smaller --learning-rate")
+    if config.patience:
+        model.set_weights(best_weights)
     return history
+
+
+def best_epoch(history: list[dict[str, float]]) -> int:
+    """The epoch with the smallest validation loss, counted from 1."""
+    return min(history, key=lambda row: row["val_loss"])["epoch"]
+
+
+def is_finished(history: list[dict[str, float]], config: Config) -> bool:
+    """Whether all epochs are done, or `--patience` is at its end.
+
+    Keras' EarlyStopping decides the same, but knows nothing of the epochs before a run was taken up again.
+    """
+    tired = bool(config.patience and history) and len(history) - best_epoch(history) >= config.patience
+    return tired or len(history) == config.epochs
+
+
+def save_checkpoint(
+    path: Path, model: keras.Model, history: list[dict[str, float]], best_weights: list[np.ndarray]
+) -> None:
+    """Keep all that the next epoch depends on, in one file, renamed into place once it is whole.
+
+    Keras' own checkpoints leave out the state of dropout's random numbers, so that a run taken up again would differ.
+    """
+    state = {f"state{index}": variable.numpy() for index, variable in enumerate(variables_of(model))}
+    best = {f"best{index}": weights for index, weights in enumerate(best_weights)}
+    temporary = path.with_suffix(".part")
+    with open(temporary, "wb") as stream:
+        np.savez(stream, history=np.array(json.dumps(history)), **state, **best)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, model: keras.Model) -> tuple[list[dict[str, float]], list[np.ndarray]]:
+    """Put the state kept in `path` into a compiled model; return the history and the best weights so far.
+
+    Both are empty, and the model stays as it is, where there is no such file. A damaged one is set aside.
+    """
+    model.optimizer.build(model.trainable_variables)
+    if not path.is_file():
+        return [], []
+    variables = variables_of(model)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            state = [archive[f"state{index}"] for index in range(len(variables))]
+            best_count = sum(name.startswith("best") for name in archive.files)
+            best_weights = [archive[f"best{index}"] for index in range(best_count)]
+            history = json.loads(str(archive["history"]))
+        if any(variable.shape != value.shape for variable, value in zip(variables, state, strict=True)):
+            raise ValueError("it belongs to another network")
+    except Exception as error:  # zipfile, NumPy and json raise a dozen kinds at damaged files
+        damaged = path.with_suffix(".damaged")
+        os.replace(path, damaged)
+        warn(f"WARNING: the checkpoint was damaged ({describe(error)}) and is set aside as {damaged}; starting anew")
+        return [], []
+    for variable, value in zip(variables, state, strict=True):
+        variable.assign(value)
+    return history, best_weights
+
+
+def variables_of(model: keras.Model) -> list[Any]:
+    """Weights, moving averages, random states and the optimizer's memory, always in the same order."""
+    return [*model.variables, *model.optimizer.variables]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1455,10 +1600,11 @@ def fit_temperature(evaluation: Evaluation) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
 
 
-def divide_logits(model: keras.Model, temperature: float) -> None:
-    """Fold a temperature into the weights of the layer that gives the logits."""
-    layer = model.get_layer("logits")
-    layer.set_weights([weights / temperature for weights in layer.get_weights()])
+def calibrate(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> float:
+    """Make the model's probabilities honest: fit a temperature on these held-out images, fold it in, return it."""
+    temperature = fit_temperature(Evaluation(labels, predict_probabilities(model, images)))
+    divide_logits(model, temperature)
+    return temperature
 
 
 def digit_scores(probabilities: np.ndarray) -> np.ndarray:
@@ -1736,7 +1882,82 @@ def plot_calibration(path: Path, evaluation: Evaluation, title: str) -> None:
 # Outputs: everything is written beside its target and renamed into place
 # ---------------------------------------------------------------------------------------------------------------------
 
-STAGING, READY = ".staging", ".ready"  # hidden folders in the output folder: results being written, results complete
+STAGING, READY, CHECKPOINTS = ".staging", ".ready", ".checkpoint"  # hidden folders in the output folder
+RESULTS = (
+    "model.keras metrics.json history.csv predictions.csv samples.png pixels.png augmentation.png training_curves.png "
+    "confusion_matrix.png predictions.png misclassified.png calibration.png external_predictions.csv "
+    "external_predictions.png runs.csv"
+).split()
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came. No Exception, so that nothing on the way takes it for an error of its own."""
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into `Stopped`, so that the run tidies up; a second one ends it at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = [signal.signal(each, stop) for each in signals]
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Make the output folder and keep other runs out of it. The system lets go of the lock however the run ends.
+
+    Raises:
+        Failure: another run holds it, or it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    except OSError as error:
+        raise Failure(f"--output-dir {folder}: {describe(error)}; give a folder that can be written to") from error
+    try:
+        if not lock(descriptor):
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another run"
+            raise Failure(f"--output-dir {folder}: is in use by {holder}; wait for it, or give another --output-dir")
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {utc_now()}".encode())
+        for name in RESULTS:
+            if (folder / name).is_dir():
+                raise Failure(f"--output-dir {folder}: {name} is a folder, where a file should go; move it away")
+        finish_publishing(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Take the lock on an open file, without waiting; whether it was free."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(
+                descriptor, 1 << 30, os.SEEK_SET
+            )  # Windows locks bytes against reading, so not those with the text
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -1746,40 +1967,110 @@ def results_folder(folder: Path) -> Iterator[Path]:
     Where the block raises, the earlier results stay as they were.
 
     Raises:
-        Failure: the folder cannot be made or written to.
+        Failure: the results cannot be written.
     """
+    staging = folder / STAGING
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        finish_publishing(folder)
-        staging = folder / STAGING
         remove_folder(staging)
         staging.mkdir()
-    except OSError as error:
-        raise Failure(f"--output-dir {folder}: {describe(error)}; give a folder that can be written to") from error
-    try:
         yield staging
         staging.rename(folder / READY)
-        finish_publishing(folder)
     except OSError as error:
-        raise Failure(f"--output-dir {folder}: the results could not be written ({describe(error)})") from error
-    finally:
-        remove_folder(staging)
+        raise Failure(
+            f"--output-dir {folder}: the results could not be written ({describe(error)}); earlier ones are untouched"
+        ) from error
+    finally:  # also where a signal came after the renaming
+        with contextlib.suppress(OSError):
+            remove_folder(staging)
+        finish_publishing(folder)
 
 
 def finish_publishing(folder: Path) -> None:
     """Move complete results into place, also those of a run that was stopped between two moves."""
     ready = folder / READY
-    if ready.is_dir() and not ready.is_symlink():
+    if ready.is_symlink() or not ready.is_dir():
+        return
+    try:
         for file in sorted(ready.iterdir()):
-            os.replace(file, folder / file.name)
+            os.replace(file, folder / file.name)  # replaces a symbolic link, never follows it
         ready.rmdir()
+    except OSError as error:
+        raise Failure(
+            f"--output-dir {folder}: complete results wait in {ready.name}, but could not be moved into place "
+            f"({describe(error)}); the next run moves them"
+        ) from error
 
 
 def remove_folder(folder: Path) -> None:
+    """Remove a folder and all in it, or a symbolic link, if there is one; what a link points to stays."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.is_dir():
         shutil.rmtree(folder)
+
+
+def remove_stale(folder: Path, earlier: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Remove what the earlier run wrote and this one did not: no picture shall stand beside figures of another run."""
+    for name in set(earlier.get("files", {})) - set(metrics["files"]) & set(RESULTS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def checkpoint_folder(config: Config, digits: Digits) -> Path:
+    """The hidden folder for checkpoints: with those of the run to take up again under `--resume`, else empty.
+
+    Raises:
+        Failure: the run to take up again had other flags or other data, so the result would be neither's.
+    """
+    folder = config.output_dir / CHECKPOINTS
+    identity = {name: getattr(config, name) for name in RESULT_FLAGS} | {"data": sha256_of_arrays(digits[:4])}
+    unfinished = read_json(folder / "run.json")
+    if config.resume and unfinished and not folder.is_symlink():
+        changed = [name for name, value in identity.items() if unfinished.get(name) != value]
+        if changed:
+            flag = f"--{changed[0].replace('_', '-')}"
+            why = "the learning rate follows a cycle over all epochs; " if changed[0] == "epochs" else ""
+            raise Failure(
+                f"--resume: {flag} is not as in the run that was stopped ({why}it would end with another result); "
+                f"give {flag} as before, or leave --resume out to start anew"
+            )
+        return folder
+    if config.resume:
+        announce(config)("nothing to resume: starting anew")
+    remove_folder(folder)
+    folder.mkdir()
+    write_json(folder / "run.json", identity)
+    return folder
+
+
+def append_run(folder: Path, metrics: dict[str, Any], exit_code: int) -> None:
+    """Add one row to runs.csv. The row is one write at the file's end, which no other process can come between.
+
+    Raises:
+        Failure: it cannot be written, or is a symbolic link.
+    """
+    row = {
+        "finished_at": metrics["finished_at"],
+        "seed": metrics["config"]["seed"],
+        "data": metrics["dataset"]["name"],
+        "test_accuracy": f"{metrics['test_accuracy']:.4f}",
+        "test_loss": f"{metrics['test_loss']:.5f}",
+        "seconds": f"{metrics['timings_seconds']['total']:.1f}",
+        "exit_code": exit_code,
+    }
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row), lineterminator="\n")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(folder / "runs.csv", flags, 0o644)
+        try:
+            if os.fstat(descriptor).st_size == 0:
+                writer.writeheader()
+            writer.writerow(row)
+            os.write(descriptor, text.getvalue().encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise Failure(f"{folder / 'runs.csv'}: {describe(error)}; the results themselves are in place") from error
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -1801,25 +2092,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, default=plain) + "\n", encoding="utf-8")
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics.json of an earlier run in `folder`; empty where there is none that can be read."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none that can be read."""
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return metrics if isinstance(metrics, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 (hexadecimal) of each file in `folder`, by name."""
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+    return {file.name: sha256_of_file(file) for file in sorted(folder.iterdir())}
+
+
+def sha256_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def metrics_of_model(model_file: Path) -> dict[str, Any]:
     """The metrics.json of the run that made this model; empty where none lies beside it."""
-    metrics = read_metrics(model_file.parent)
-    checksum = metrics.get("files", {}).get(model_file.name)
-    if checksum != hashlib.sha256(model_file.read_bytes()).hexdigest():
+    metrics = read_json(model_file.parent / "metrics.json")
+    files = metrics.get("files")
+    if not isinstance(files, dict) or files.get(model_file.name) != sha256_of_file(model_file):
         return {}
     return metrics.get("training", metrics)  # an evaluation into the same folder keeps those of the training
 
@@ -1899,24 +2194,24 @@ def environment_metrics(config: Config, clock: Clock) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def announce(config: Config) -> Callable[[str], None]:
-    """What to print progress with: nothing under --quiet; flushed, so that a log file can be followed."""
-    return (lambda line: None) if config.quiet else functools.partial(print, flush=True)
+def name_dataset(name: str) -> str:
+    """A data set's name for titles; nobody shall take synthetic figures for MNIST's."""
+    return {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}.get(name, name)
 
 
-def warn(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def dataset_title(digits: Digits) -> str:
-    """The data set's name for titles; nobody shall take synthetic figures for MNIST's."""
-    return {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}.get(digits.name, digits.name)
+def describe_data(digits: Digits, training: int, validation: int) -> str:
+    """What a run works on, in one line."""
+    return (
+        f"{name_dataset(digits.name)} from {digits.origin}: {training:,} images to train on and "
+        f"{round(NON_DIGIT_SHARE * training):,} that are no digit, {validation:,} for validation, "
+        f"{len(digits.test_images):,} for the test"
+    )
 
 
 def result_title(digits: Digits, evaluation: Evaluation) -> str:
     wrong, total = (~evaluation.correct).sum(), len(evaluation.labels)
     right = f"{100 * evaluation.correct.mean():.2f}% right"
-    return f"{dataset_title(digits)}: {right}, {wrong:,} errors in {total:,} test images"
+    return f"{name_dataset(digits.name)}: {right}, {wrong:,} errors in {total:,} test images"
 
 
 def refuse_to_replace_other_data(config: Config, digits: Digits) -> None:
@@ -1925,7 +2220,7 @@ def refuse_to_replace_other_data(config: Config, digits: Digits) -> None:
     Raises:
         Failure: `--data auto` fell back, and the output folder holds results from another data set.
     """
-    earlier = read_metrics(config.output_dir).get("dataset", {}).get("name", digits.name)
+    earlier = read_json(config.output_dir / "metrics.json").get("dataset", {}).get("name", digits.name)
     if config.data == "auto" and digits.name == "synthetic" and earlier != digits.name:
         raise Failure(
             f"{config.output_dir} holds results on {earlier}, and they are kept: this run has only synthetic digits. "
@@ -1967,117 +2262,206 @@ def write_evaluation(folder: Path, images: np.ndarray, evaluation: Evaluation, c
         plot_calibration(folder / "calibration.png", evaluation, title)
 
 
-def run_training(config: Config) -> int:
-    """Train, calibrate, evaluate, and write everything: the main job."""
+def run_training(config: Config) -> dict[str, Any]:
+    """Train, calibrate, evaluate, and write everything: the main job. Returns the metrics."""
     log, clock = announce(config), Clock(utc_now(), {})
     with results_folder(config.output_dir) as results:
         with clock.stage("startup"):
             import_tensorflow()
         with clock.stage("data"):
-            digits = load_digits(config.data, warn)
+            digits = load_digits(config.data)
             refuse_to_replace_other_data(config, digits)
-            x_train, y_train, x_validation, y_validation = split_validation(
-                digits, config.validation_split, config.train_limit
-            )
-            non_digits = non_digits_for(x_train, y_train, config.seed)
-        title = dataset_title(digits)
-        log(
-            f"{title} from {digits.origin}: {len(x_train):,} images to train on, and {len(non_digits):,} that are no "
-            f"digit; {len(x_validation):,} for validation, {len(digits.test_images):,} for the test"
-        )
+            parts = split_validation(digits, config.validation_split, config.train_limit)
+            checkpoints = checkpoint_folder(config, digits)
+        log(describe_data(digits, len(parts[0]), len(parts[2])))
         with clock.stage("training"):
-            model = build_model(config.model, config.dropout, config.seed)
-            log(f"{config.model}: {model.count_params():,} parameters")
-            history = train_model(
-                model,
-                (np.concatenate([x_train, non_digits]), targets_of(y_train, len(non_digits))),
-                (x_validation, targets_of(y_validation, 0)),
-                config,
-                log,
-            )
-        with clock.stage("evaluation"):
-            temperature = fit_temperature(Evaluation(y_validation, predict_probabilities(model, x_validation)))
-            divide_logits(model, temperature)
-            validation = Evaluation(y_validation, predict_probabilities(model, x_validation))
-            evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
-        with clock.stage("plots"):
-            write_evaluation(results, digits.test_images, evaluation, config, result_title(digits, evaluation))
-            if config.plots:
-                write_data_plots(results, x_train, y_train, config, title)
-                plot_training_curves(results / "training_curves.png", history, title)
-        save_model(model, results / "model.keras")
+            model, history = train_committee(parts, config, checkpoints, log)
+        seen = len(history) * (1 + NON_DIGIT_SHARE) * len(parts[0])
+        training = {"training_images_per_second": seen / clock.seconds["training"]}
+        metrics = write_results(results, model, digits, parts, config, clock, training, history)
+    remove_folder(checkpoints)
+    return metrics
+
+
+def train_committee(
+    parts: tuple[np.ndarray, ...], config: Config, checkpoints: Path, log: Callable[[str], None]
+) -> tuple[keras.Model, list[dict[str, float]]]:
+    """Train `--members` networks, each calibrated, and join them where they are several."""
+    x_train, y_train, x_validation, y_validation = parts
+    validation = x_validation, targets_of(y_validation, 0)
+    models, history = [], []
+    for seed in range(config.seed, config.seed + config.members):
+        non_digits = non_digits_for(x_train, y_train, seed)
+        training = np.concatenate([x_train, non_digits]), targets_of(y_train, len(non_digits))
+        with strategy_scope(config.strategy):
+            model = build_model(config.model, config.dropout, seed)
+            log(f"{config.model} with {model.count_params():,} parameters, seed {seed}")
+            rows = train_model(model, training, validation, config, seed, checkpoints / f"seed{seed}.npz", log)
+        history += [{"seed": seed, **row} for row in rows]
+        if config.members > 1:
+            calibrate(model, x_validation, y_validation)
+        models.append(model)
+    return (models[0] if config.members == 1 else join_models(models)), history
+
+
+def strategy_scope(name: str) -> contextlib.AbstractContextManager:
+    """In which a model is built and trained: on one device, or on several that share out each batch."""
+    import tensorflow as tf
+
+    devices = tf.config.list_logical_devices("GPU")
+    if name == "none" or (name == "auto" and len(devices) < 2):
+        return contextlib.nullcontext()
+    devices = devices or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices]).scope()
+
+
+def write_results(
+    results: Path,
+    model: keras.Model,
+    digits: Digits,
+    parts: tuple[np.ndarray, ...],
+    config: Config,
+    clock: Clock,
+    about: dict[str, Any],
+    history: list[dict[str, float]],
+) -> dict[str, Any]:
+    """Calibrate and evaluate a trained model, and write all there is to say of it. Returns the metrics."""
+    x_train, y_train, x_validation, y_validation = parts
+    with clock.stage("evaluation"):
+        temperature = calibrate(model, x_validation, y_validation)
+        validation = Evaluation(y_validation, predict_probabilities(model, x_validation))
+        evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
+    with clock.stage("plots"):
+        write_evaluation(results, digits.test_images, evaluation, config, result_title(digits, evaluation))
+        if config.plots and history:
+            write_data_plots(results, x_train, y_train, config, name_dataset(digits.name))
+            plot_training_curves(results / "training_curves.png", history, name_dataset(digits.name))
+    save_model(model, results / "model.keras")
+    if history:
         write_csv(results / "history.csv", list(history[0]), (row.values() for row in history))
-        metrics = {
-            **evaluation_metrics(evaluation),
-            "validation_accuracy": validation.correct.mean(),
-            "validation_loss": cross_entropy(validation),
-            "temperature": temperature,
-            "rejection_threshold": rejection_threshold(validation.probabilities),
-            "parameters": model.count_params(),
-            "dataset": dataset_metrics(digits),
-            "training_images_per_second": len(history) * (len(x_train) + len(non_digits)) / clock.seconds["training"],
-            **environment_metrics(config, clock),
-            "files": checksums(results),
-        }
-        write_json(results / "metrics.json", metrics)
-    return report(config, digits, metrics)
+    metrics = {
+        **evaluation_metrics(evaluation),
+        "validation_accuracy": validation.correct.mean(),
+        "validation_loss": cross_entropy(validation),
+        "temperature": temperature,
+        "rejection_threshold": rejection_threshold(validation.probabilities),
+        "parameters": model.count_params(),
+        "dataset": dataset_metrics(digits),
+        **about,
+        **environment_metrics(config, clock),
+        "files": checksums(results),
+    }
+    write_json(results / "metrics.json", metrics)
+    return metrics
 
 
-def run_evaluation(config: Config) -> int:
-    """Measure a saved model on test images."""
+def run_combination(config: Config) -> dict[str, Any]:
+    """Join the models of earlier runs into a committee. Returns its metrics."""
+    clock = Clock(utc_now(), {})
+    with results_folder(config.output_dir) as results:
+        with clock.stage("startup"):
+            import_tensorflow()
+            members = [load_model(folder / "model.keras") for folder in config.combine]
+        with clock.stage("data"):
+            digits = load_digits(config.data)
+            refuse_to_replace_other_data(config, digits)
+            parts = split_validation(digits, config.validation_split, config.train_limit)
+            for folder in config.combine:
+                refuse_other_training_data(folder, digits)
+        about = {"members": [str(folder) for folder in config.combine]}
+        return write_results(results, join_models(members), digits, parts, config, clock, about, [])
+
+
+def refuse_other_training_data(folder: Path, digits: Digits) -> None:
+    """A committee is calibrated on images that none of its members was trained on.
+
+    Raises:
+        Failure: the member in this folder was trained on another data set.
+    """
+    trained_on = metrics_of_model(folder / "model.keras").get("dataset", {})
+    if trained_on and trained_on.get("sha256") != sha256_of_arrays(digits[:4]):
+        raise Failure(
+            f"--combine {folder}: was trained on other data ({trained_on.get('name')}) than --data names "
+            f"({digits.name}); name the data that all members were trained on"
+        )
+
+
+def run_evaluation(config: Config) -> dict[str, Any]:
+    """Measure a saved model on test images. Returns the metrics."""
     clock = Clock(utc_now(), {})
     with results_folder(config.output_dir) as results:
         with clock.stage("startup"):
             import_tensorflow()
             model = load_model(config.model_file)
         with clock.stage("data"):
-            digits = load_digits(config.data, warn)
+            digits = load_digits(config.data)
             refuse_to_replace_other_data(config, digits)
         with clock.stage("evaluation"):
             evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
         with clock.stage("plots"):
             write_evaluation(results, digits.test_images, evaluation, config, result_title(digits, evaluation))
         training = metrics_of_model(config.model_file)
+        kept = ("validation_accuracy", "validation_loss", "temperature", "rejection_threshold")
+        earlier = read_json(config.output_dir / "metrics.json").get("files", {})
         metrics = {
             **evaluation_metrics(evaluation),
-            **{key: training.get(key) for key in ("validation_accuracy", "validation_loss", "temperature")},
-            "rejection_threshold": training.get("rejection_threshold"),
+            **{key: training.get(key) for key in kept},
             "parameters": model.count_params(),
             "dataset": dataset_metrics(digits),
             "training": training,
             **environment_metrics(config, clock),
-            "files": read_metrics(config.output_dir).get("files", {}) | checksums(results),
+            "files": earlier | checksums(results),
         }
         write_json(results / "metrics.json", metrics)
-    return report(config, digits, metrics)
+    return metrics
 
 
-def report(config: Config, digits: Digits, metrics: dict[str, Any]) -> int:
+def report(config: Config, metrics: dict[str, Any]) -> int:
     """Print the summary; its last line, which --quiet leaves, says it all. Returns the exit code."""
-    log, total = announce(config), len(digits.test_labels)
-    timings = ", ".join(f"{name} {seconds:.1f}" for name, seconds in metrics["timings_seconds"].items())
+    log, dataset = announce(config), metrics["dataset"]
+    title, accuracy = name_dataset(dataset["name"]), metrics["test_accuracy"]
+    images = f"{dataset['test_images']:,}"
     log("")
-    log(f"data         {dataset_title(digits)}, from {digits.origin}")
-    log(f"accuracy     {100 * metrics['test_accuracy']:.2f}%: {metrics['test_errors']} errors in {total:,} test images")
+    log(f"data         {title}, from {dataset['origin']}")
+    log(f"accuracy     {100 * accuracy:.2f}%: {metrics['test_errors']} errors in {images} test images")
     log(f"loss         {metrics['test_loss']:.4f}; calibration error {metrics['expected_calibration_error']:.4f}")
-    log(f"seconds      {timings}")
+    log("seconds      " + ", ".join(f"{name} {took:.1f}" for name, took in metrics["timings_seconds"].items()))
     log(f"memory       {metrics['peak_rss_mib']} MiB at the most")
     log(f"results      {config.output_dir.resolve()}")
-    accuracy = f"{100 * metrics['test_accuracy']:.2f}% of {total:,} {dataset_title(digits)} test images are right"
-    if config.min_accuracy is not None and metrics["test_accuracy"] < config.min_accuracy:
-        print(f"{accuracy}: BELOW the --min-accuracy of {100 * config.min_accuracy:g}%", flush=True)
-        return EXIT_BELOW_MINIMUM
-    print(accuracy, flush=True)
-    return EXIT_DONE
+    below = config.min_accuracy is not None and accuracy < config.min_accuracy
+    verdict = f": BELOW the --min-accuracy of {100 * config.min_accuracy:g}%" if below else ""
+    print(f"{100 * accuracy:.2f}% of {images} {title} test images are right{verdict}", flush=True)
+    return EXIT_BELOW_MINIMUM if below else EXIT_DONE
+
+
+def run(config: Config) -> int:
+    """Do what the flags ask for, alone in the output folder. Returns the exit code."""
+    with hold_folder(config.output_dir):
+        earlier = read_json(config.output_dir / "metrics.json")
+        job = run_combination if config.combine else run_evaluation if config.evaluate else run_training
+        metrics = job(config)
+        remove_stale(config.output_dir, earlier, metrics)
+        exit_code = report(config, metrics)
+        append_run(config.output_dir, metrics, exit_code)
+        return exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The program: returns its exit code."""
     config = parse_config(arguments)
     try:
-        return run_evaluation(config) if config.evaluate else run_training(config)
+        with stop_on_signals():
+            return run(config)
     except Failure as failure:
         warn(f"error: {failure}")
         return EXIT_FAILED
+    except MemoryError:
+        warn("error: there is not enough memory; give a smaller --batch-size or --train-limit")
+        return EXIT_FAILED
+    except Stopped as stopped:
+        number = stopped.args[0]
+        warn(f"stopped by {signal.Signals(number).name}; earlier results are untouched, and --resume goes on from here")
+        return 128 + number
 
 
 if __name__ == "__main__":
