@@ -5,7 +5,7 @@
 #     "numpy>=1.26",
 #     "matplotlib>=3.8",
 #     "tensorflow>=2.16",
-#     "scipy>=1.11",
+#     "scipy>=1.11,<2",
 #     "pillow>=10.1",
 # ]
 # ///
@@ -124,7 +124,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of each flag that takes a value; where there is none, the help text says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, True, False) else action.help
+        takes_none = action.default is None or isinstance(action.default, bool)
+        return action.help if takes_none else super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = math.inf, *, exclusive: bool = False) -> Callable[[str], Any]:
@@ -132,8 +133,8 @@ def number(kind: type, low: float, high: float = math.inf, *, exclusive: bool = 
 
     def convert(text: str) -> Any:
         value = kind(text)
-        inside = low < value < high if exclusive else low <= value <= high
-        if not (math.isfinite(value) and inside):
+        inside = low < value < high if exclusive else low <= value <= high and value != math.inf
+        if not inside:  # nor is NaN inside of anything
             open_end = "more than" if exclusive else "at least"
             bound = "" if high == math.inf else f" and {'less than' if exclusive else 'at most'} {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: give {open_end} {low:g}{bound}")
@@ -175,8 +176,8 @@ def build_parser() -> argparse.ArgumentParser:
     augmentation.add_argument(
         "--augment",
         choices=["fast", "keras", "none"],
-        default="fast",
-        help="fast: affine maps and varied light on whole batches; keras: the affine maps by ImageDataGenerator",
+        help="fast: affine maps and varied light on whole batches; keras: the affine maps by ImageDataGenerator "
+        "(default: fast; none for the mlp, which is too small to gain by it)",
     )
     # The ranges are those of handwriting: larger ones make other digits of some (a 7 turned far enough is a 1).
     augmentation.add_argument("--rotation", type=number(float, 0, 180), default=10.0, metavar="DEG", help="degrees")
@@ -290,13 +291,22 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
         parser.error("--resume goes with a training run only")
     if flags.min_accuracy is not None and flags.predict:
         parser.error("--min-accuracy does not go with --predict, where the true digits are not known")
+    flags.augment = flags.augment or {"cnn": "fast", "mlp": "none"}[flags.model]
     flags.model_file = flags.model_file or flags.output_dir / "model.keras"
     return Config(**vars(flags))
 
 
+def say(*values: str) -> None:
+    """Print values with tabs between them, at once, so that a log file can be followed."""
+    try:
+        print(*values, sep="\t", flush=True)
+    except BrokenPipeError:  # whoever read along has gone; the run goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def announce(config: Config) -> Callable[[str], None]:
-    """What to print progress with: nothing under --quiet; flushed, so that a log file can be followed."""
-    return (lambda line: None) if config.quiet else functools.partial(print, flush=True)
+    """What to print progress with: nothing under --quiet."""
+    return (lambda line: None) if config.quiet else say
 
 
 def warn(line: str) -> None:
@@ -317,7 +327,7 @@ def import_tensorflow() -> None:
         os.dup2(chatter.fileno(), 2)
         try:
             import tensorflow  # noqa: F401
-        except BaseException:
+        except Exception:
             chatter.seek(0)
             os.write(stderr, chatter.read())
             raise
@@ -335,7 +345,7 @@ NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 IDX_NAMES = ("train-images", "train-labels", "t10k-images", "t10k-labels")  # in the order of NPZ_KEYS
 ACCEPTED_SHARE = 0.995  # of the validation digits are above the rejection threshold
 MAX_IMAGES = 1_000_000  # a file that promises more is taken for damaged or hostile
-MNIST_SHA256 = "{MNIST_SHA256}"
+MNIST_SHA256 = "25c98f992c005963b7428e1f38418b233c9b286cc403519287eb8063f0bcfe07"  # of its arrays
 DOWNLOAD_PATIENCE_SECONDS = 10  # without a byte; a firewall that swallows packets must not cost minutes
 
 
@@ -375,7 +385,13 @@ def load_digits(source: str) -> Digits:
             f"--data {source}: {error.filename or path} does not exist; give auto, mnist, synthetic, an .npz file "
             "or a folder"
         ) from error
-    name = "mnist" if sha256_of_arrays(arrays) == MNIST_SHA256 else path.resolve().stem
+    except OSError as error:
+        raise Failure(f"--data {source}: {describe(error)}") from error
+    name = path.resolve().stem
+    if sha256_of_arrays(arrays) == MNIST_SHA256:
+        name = "mnist"
+    elif name in ("mnist", "synthetic"):
+        name = f"own-{name}"  # these two names are earned by content
     return Digits(*arrays, name=name, origin=str(path))
 
 
@@ -461,7 +477,7 @@ def read_npy(archive: zipfile.ZipFile, key: str) -> np.ndarray:
         if version != (1, 0):
             raise ValueError(f"{key} has .npy version {version}, not (1, 0)")
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    if math.prod(shape) > MAX_IMAGES * 28 * 28 or dtype.hasobject:
+    if math.prod(shape) * dtype.itemsize > MAX_IMAGES * 28 * 28 or dtype.hasobject:
         raise ValueError(f"{key} promises {shape} values of type {dtype}")
     with archive.open(f"{key}.npy") as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
@@ -1437,7 +1453,7 @@ def train_model(
                 f"  validation loss {logs['val_loss']:.4f}  accuracy {logs['val_accuracy']:.4f}"
                 f"  {history[-1]['seconds']:.1f} s"
             )
-        if not math.isfinite(logs["loss"]):
+        if not math.isfinite(logs["loss"] + logs["val_loss"]):
             raise Failure("the loss is no number any more, so nothing was saved; try a smaller --learning-rate")
         if config.patience and best_epoch(history) == epoch + 1:
             best_weights = model.get_weights()
@@ -1453,7 +1469,7 @@ def train_model(
             shuffle=False,  # the batches come shuffled
             validation_data=(normalise(validation[0]), validation[1]),
             validation_batch_size=500,
-            callbacks=[keras.callbacks.TerminateOnNaN(), keras.callbacks.LambdaCallback(on_epoch_end=finish_epoch)],
+            callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=finish_epoch)],
             verbose=1 if sys.stdout.isatty() and not config.quiet else 0,
         )
     if config.patience:
@@ -2008,11 +2024,19 @@ def plot_samples(path: Path, images: np.ndarray, labels: np.ndarray, dataset: st
     figure = new_figure(
         9.2, 8.4, f"What the data looks like: {dataset}", "Each row: twelve training images of one digit."
     )
-    rows = [np.concatenate([np.pad(image, 1) for image in images[labels == digit][:12]], axis=1) for digit in range(10)]
-    width = max(row.shape[1] for row in rows)
+    sheet = np.zeros((10, 12, 30, 30), np.uint8)
+    for digit in range(10):
+        chosen = images[labels == digit][:12]
+        sheet[digit, : len(chosen), 1:-1, 1:-1] = chosen
     axes = figure.subplots()
-    sheet = np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]))) for row in rows])
-    axes.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="equal")
+    axes.imshow(
+        sheet.transpose(0, 2, 1, 3).reshape(300, 360),
+        cmap="gray",
+        vmin=0,
+        vmax=255,
+        interpolation="nearest",
+        aspect="equal",
+    )
     axes.set_yticks(np.arange(10) * 30 + 15, [str(digit) for digit in range(10)], fontsize=13)
     axes.set_ylabel("label")
     axes.set_xticks([])
@@ -2298,6 +2322,15 @@ RESULTS = (
 ).split()
 
 
+EVALUATION_FILES = (
+    "predictions.csv",
+    "confusion_matrix.png",
+    "predictions.png",
+    "misclassified.png",
+    "calibration.png",
+)
+
+
 class Stopped(BaseException):
     """SIGINT or SIGTERM came. No Exception, so that nothing on the way takes it for an error of its own."""
 
@@ -2419,7 +2452,7 @@ def remove_folder(folder: Path) -> None:
 
 def remove_stale(folder: Path, earlier: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Remove what the earlier run wrote and this one did not: no picture shall stand beside figures of another run."""
-    for name in set(earlier.get("files", {})) - set(metrics["files"]) & set(RESULTS):
+    for name in set(part(earlier, "files")) - set(metrics["files"]) & set(RESULTS):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -2509,6 +2542,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def part(metrics: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key; empty where another program wrote something else there."""
+    value = metrics.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 (hexadecimal) of each file in `folder`, by name."""
     return {file.name: sha256_of_file(file) for file in sorted(folder.iterdir())}
@@ -2521,10 +2560,9 @@ def sha256_of_file(path: Path) -> str:
 def metrics_of_model(model_file: Path) -> dict[str, Any]:
     """The metrics.json of the run that made this model; empty where none lies beside it."""
     metrics = read_json(model_file.parent / "metrics.json")
-    files = metrics.get("files")
-    if not isinstance(files, dict) or files.get(model_file.name) != sha256_of_file(model_file):
+    if part(metrics, "files").get(model_file.name) != sha256_of_file(model_file):
         return {}
-    return metrics.get("training", metrics)  # an evaluation into the same folder keeps those of the training
+    return part(metrics, "training") or metrics  # an evaluation into the same folder keeps those of the training
 
 
 def peak_rss_mib() -> int | None:
@@ -2628,7 +2666,7 @@ def refuse_to_replace_other_data(config: Config, digits: Digits) -> None:
     Raises:
         Failure: `--data auto` fell back, and the output folder holds results from another data set.
     """
-    earlier = read_json(config.output_dir / "metrics.json").get("dataset", {}).get("name", digits.name)
+    earlier = part(read_json(config.output_dir / "metrics.json"), "dataset").get("name", digits.name)
     if config.data == "auto" and digits.name == "synthetic" and earlier != digits.name:
         raise Failure(
             f"{config.output_dir} holds results on {earlier}, and they are kept: this run has only synthetic digits. "
@@ -2786,7 +2824,7 @@ def refuse_other_training_data(folder: Path, digits: Digits) -> None:
     Raises:
         Failure: the member in this folder was trained on another data set.
     """
-    trained_on = metrics_of_model(folder / "model.keras").get("dataset", {})
+    trained_on = part(metrics_of_model(folder / "model.keras"), "dataset")
     if trained_on and trained_on.get("sha256") != sha256_of_arrays(digits[:4]):
         raise Failure(
             f"--combine {folder}: was trained on other data ({trained_on.get('name')}) than --data names "
@@ -2810,7 +2848,8 @@ def run_evaluation(config: Config) -> dict[str, Any]:
             write_evaluation(results, digits.test_images, evaluation, config, result_title(digits, evaluation))
         training = metrics_of_model(config.model_file)
         kept = ("validation_accuracy", "validation_loss", "temperature", "rejection_threshold")
-        earlier = read_json(config.output_dir / "metrics.json").get("files", {})
+        earlier = part(read_json(config.output_dir / "metrics.json"), "files")
+        kept_files = {name: checksum for name, checksum in earlier.items() if name not in EVALUATION_FILES}
         metrics = {
             **evaluation_metrics(evaluation),
             **{key: training.get(key) for key in kept},
@@ -2818,7 +2857,7 @@ def run_evaluation(config: Config) -> dict[str, Any]:
             "dataset": dataset_metrics(digits),
             "training": training,
             **environment_metrics(config, clock),
-            "files": earlier | checksums(results),
+            "files": kept_files | checksums(results),
         }
         write_json(results / "metrics.json", metrics)
     return metrics
@@ -2889,7 +2928,7 @@ def predict_files(model: keras.Model, paths: Sequence[Path], threshold: float) -
                     warn(f"error: {path}: {digit}")
                 predictions.append(prediction)
                 name, best, confidence, _, verdict, *_ = external_row(path, prediction)
-                print(name.translate(ESCAPES), best, confidence, verdict, sep="\t", flush=True)
+                say(name.translate(ESCAPES), best, confidence, verdict)
             if bar:
                 with contextlib.redirect_stdout(sys.stderr):
                     bar.update(len(predictions))
@@ -2910,7 +2949,7 @@ def report(config: Config, metrics: dict[str, Any]) -> int:
     log(f"results      {config.output_dir.resolve()}")
     below = config.min_accuracy is not None and accuracy < config.min_accuracy
     verdict = f": BELOW the --min-accuracy of {100 * config.min_accuracy:g}%" if below else ""
-    print(f"{100 * accuracy:.2f}% of {images} {title} test images are right{verdict}", flush=True)
+    say(f"{100 * accuracy:.2f}% of {images} {title} test images are right{verdict}")
     return EXIT_BELOW_MINIMUM if below else EXIT_DONE
 
 
@@ -2947,4 +2986,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code > 128:
+        os._exit(code)  # a signal does not leave the seconds that TensorFlow takes to tear its pipeline down
+    sys.exit(code)

@@ -1,0 +1,1251 @@
+"""Tests of mnist_digit_recognizer.py.
+
+    pytest                                        # a few minutes, no network, no MNIST
+    MNIST_DATA=mnist.npz pytest -m "slow or not slow"   # all, on the real data set
+
+They run on the CPU; CUDA_VISIBLE_DEVICES=0 TF_FORCE_GPU_ALLOW_GROWTH=true runs them on a GPU.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import mnist_digit_recognizer as program
+
+SCRIPT = Path(program.__file__).resolve()
+ROOT = SCRIPT.parent
+MNIST = os.environ.get("MNIST_DATA", "")
+needs_mnist = pytest.mark.skipif(not MNIST, reason="MNIST_DATA names no copy of MNIST")
+
+TABLES = {"model.keras", "metrics.json", "history.csv", "predictions.csv", "runs.csv"}
+EVALUATION_PICTURES = {"confusion_matrix.png", "predictions.png", "misclassified.png", "calibration.png"}
+PICTURES = EVALUATION_PICTURES | {"samples.png", "pixels.png", "augmentation.png", "training_curves.png"}
+
+
+class Run(NamedTuple):
+    """A finished run: its output folder, what it printed, and its metrics.json."""
+
+    folder: Path
+    stdout: str
+    stderr: str
+    metrics: dict[str, Any]
+
+
+Arrays = dict[str, np.ndarray]
+Change = Callable[[np.ndarray], np.ndarray]
+Train = Callable[..., Run]
+Capture = pytest.CaptureFixture[str]
+
+
+# What the tests share
+
+
+def cli(*arguments: object, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script as its users do, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def call(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
+    """Run the command line in this process: exit code, standard output, standard error."""
+    capsys.readouterr()
+    try:
+        code = program.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+def refused(capsys: Capture, *arguments: object) -> str:
+    """The one line on standard error of a run that fails."""
+    code, out, err = call(capsys, "--quiet", *arguments)
+    assert (code, out) == (1, "")
+    return only_line(err)
+
+
+def only_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    assert text.endswith("\n")
+    assert "Traceback" not in text
+    return text.strip()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The content of each file in a folder and below, hidden ones too; but not who held the folder last."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def names(folder: Path) -> set[str]:
+    """What is in a folder, hidden or not, the lock aside."""
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json, which must be strict JSON: no NaN, no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in metrics.json")
+
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """A CSV file of numbers, by column."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        header, *rows = csv.reader(stream)
+    return dict(zip(header, np.array(rows, float).T, strict=True))
+
+
+def weights(path: Path) -> list[np.ndarray]:
+    return program.load_model(path).get_weights()
+
+
+def equal_arrays(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    return len(one) == len(other) and all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def flags_of_help() -> dict[str, str]:
+    """What --help says of each flag."""
+    text = program.build_parser().format_help()
+    parts = re.split(r"^  (?:-h, )?(?=--[a-z])", text.partition("\noptions:")[2], flags=re.MULTILINE)[1:]
+    return {re.match(r"--[a-z-]+", part)[0]: " ".join(part.split()) for part in parts}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No download can succeed, and no cache of the user's is read or written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.delenv(name, raising=False)
+        if "CUDA_VISIBLE_DEVICES" not in os.environ:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+        patch.setenv("COLUMNS", "200")
+        yield
+
+
+@pytest.fixture(scope="session")
+def arrays() -> Arrays:
+    """1,200 training and 300 test images."""
+    images, labels = program.synthetic_digits(1500, seed=1)
+    parts = images[:1200], labels[:1200], images[1200:], labels[1200:]
+    return dict(zip(program.NPZ_KEYS, parts, strict=True))
+
+
+@pytest.fixture(scope="session")
+def tiny(arrays: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A training run with all results, in a process of its own."""
+    cwd = tmp_path_factory.mktemp("trained")
+    done = cli("--data", tiny, "--epochs", 3, "--batch-size", 32, "--seed", 7, "--output-dir", "out", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return Run(cwd / "out", done.stdout, done.stderr, read_metrics(cwd / "out"))
+
+
+@pytest.fixture
+def earlier(trained: Run, tmp_path: Path) -> Path:
+    """An output folder that already holds results."""
+    return Path(shutil.copytree(trained.folder, tmp_path / "earlier"))
+
+
+@pytest.fixture
+def train(tiny: Path, tmp_path: Path, capsys: Capture) -> Train:
+    """Train the small network in this process, with the flags given."""
+
+    def run(*flags: object, code: int = 0, name: str = "out", plots: bool = False) -> Run:
+        defaults = "--data", tiny, "--model", "mlp", "--epochs", 1, "--output-dir", tmp_path / name
+        result = call(capsys, *defaults, *([] if plots else ["--no-plots"]), *flags)
+        assert result[0] == code, result
+        return Run(tmp_path / name, result[1], result[2], read_metrics(tmp_path / name))
+
+    return run
+
+
+# Data: what is read
+
+
+def write_idx(folder: Path, arrays: Arrays, dot: str = "-", zipped: bool = False) -> Path:
+    """The four files of MNIST's own format."""
+    folder.mkdir(exist_ok=True)
+    for stem, array in zip(program.IDX_NAMES, arrays.values(), strict=True):
+        kind, magic = ("idx3", 2051) if array.ndim == 3 else ("idx1", 2049)
+        content = struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.tobytes()
+        path = folder / f"{stem}{dot}{kind}-ubyte{'.gz' if zipped else ''}"
+        path.write_bytes(gzip.compress(content, 1) if zipped else content)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("dot", ["-", "."])
+def test_idx_folder(arrays: Arrays, tmp_path: Path, dot: str, zipped: bool) -> None:
+    digits = program.load_digits(str(write_idx(tmp_path / "digits", arrays, dot, zipped)))
+    assert equal_arrays(list(digits[:4]), list(arrays.values()))
+    assert digits.name == "digits"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, np.int64, np.uint64, ">i4"])
+def test_npz(arrays: Arrays, tmp_path: Path, dtype: Any) -> None:
+    """Labels may be whole numbers of any type; other arrays in the file do not matter."""
+    labels = {key: arrays[key].astype(dtype) for key in ("y_train", "y_test")}
+    np.savez(tmp_path / "some.digits.npz", **(arrays | labels), other=np.array([{}], object))
+    digits = program.load_digits(str(tmp_path / "some.digits.npz"))
+    assert equal_arrays(list(digits[:4]), list(arrays.values()))
+    assert all(array.dtype == np.uint8 for array in digits[:4])
+    assert digits.name == "some.digits"
+
+
+@pytest.mark.parametrize("name", ["mnist", "synthetic"])
+def test_a_name_makes_no_mnist(name: str, arrays: Arrays, tmp_path: Path) -> None:
+    """Digits of one's own are not taken for a data set that has the name of their file."""
+    np.savez(tmp_path / f"{name}.npz", **arrays)
+    write_idx(tmp_path / name, arrays)
+    for path in (tmp_path / f"{name}.npz", tmp_path / name):
+        assert program.load_digits(str(path)).name not in ("mnist", "synthetic")
+
+
+def fake_synthetic(origin: str) -> program.Digits:
+    """The built-in digits, but few of them."""
+    images, labels = program.synthetic_digits(260, seed=0)
+    return program.Digits(images[:200], labels[:200], images[200:], labels[200:], "synthetic", origin)
+
+
+def test_synthetic(monkeypatch: pytest.MonkeyPatch, train: Train) -> None:
+    monkeypatch.setattr(program, "load_synthetic", fake_synthetic)
+    run = train("--data", "synthetic")
+    assert run.metrics["dataset"]["name"] == "synthetic"
+    assert run.stderr == ""
+
+
+def test_auto_without_network_takes_synthetic_digits(monkeypatch: pytest.MonkeyPatch, train: Train) -> None:
+    monkeypatch.setattr(program, "load_synthetic", fake_synthetic)
+    run = train("--data", "auto")
+    assert run.metrics["dataset"]["name"] == "synthetic"
+    assert "synthetic" in run.stderr.lower()
+    assert "Traceback" not in run.stderr
+    assert "synthetic" in run.stdout.splitlines()[-1].lower()
+    train("--data", "auto")  # its own earlier results may be replaced
+
+
+def test_auto_keeps_results_on_other_data(monkeypatch: pytest.MonkeyPatch, earlier: Path, capsys: Capture) -> None:
+    monkeypatch.setattr(program, "load_synthetic", fake_synthetic)
+    before = tree(earlier)
+    code, _, err = call(capsys, "--data", "auto", "--model", "mlp", "--epochs", 1, "--output-dir", earlier)
+    assert code == 1
+    assert str(earlier) in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert tree(earlier) == before
+
+
+def test_mnist_without_network(arrays: Arrays, tmp_path: Path) -> None:
+    """Another data set in the cache is not taken for MNIST."""
+    (tmp_path / "keras" / "datasets").mkdir(parents=True)
+    np.savez(tmp_path / "keras" / "datasets" / "mnist.npz", **arrays)
+    done = cli("--data", "mnist", "--quiet", cwd=tmp_path, KERAS_HOME=str(tmp_path / "keras"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "mnist" in only_line(done.stderr).lower()
+
+
+@needs_mnist
+def test_mnist_is_known_by_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A copy in the cache is taken without a download, however it was zipped; under any name it is still MNIST."""
+    (tmp_path / "datasets").mkdir()
+    with np.load(MNIST) as content:
+        np.savez(tmp_path / "datasets" / "mnist.npz", **content)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(program, "download_mnist", lambda cache: pytest.fail("downloads"))
+    for source in ("auto", "mnist"):
+        digits = program.load_digits(source)
+        assert digits.name == "mnist"
+        assert [len(array) for array in digits[:4]] == [60_000, 60_000, 10_000, 10_000]
+    (tmp_path / "datasets" / "mnist.npz").rename(tmp_path / "other.npz")
+    assert program.load_digits(str(tmp_path / "other.npz")).name == "mnist"
+
+
+# Data: what is refused
+
+
+def npy_header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def replaced(key: str, change: Change) -> Callable[[Arrays], Arrays]:
+    return lambda arrays: arrays | {key: change(arrays[key])}
+
+
+def with_label(label: int, dtype: Any) -> Change:
+    return lambda labels: np.r_[labels[1:].astype(dtype), np.array([label], dtype)]
+
+
+WRONG_ARRAYS = {
+    "flat images": replaced("x_train", lambda x: x.reshape(len(x), 784)),
+    "wide images": replaced("x_test", lambda x: np.pad(x, ((0, 0), (2, 2), (2, 2)))),
+    "images with a channel": replaced("x_train", lambda x: x[..., None]),
+    "float images": replaced("x_train", lambda x: x / 255),
+    "signed images": replaced("x_test", lambda x: x.astype(np.int16)),
+    "no images": replaced("x_train", lambda x: x[:0]),
+    "float labels": replaced("y_train", lambda y: y.astype(float)),
+    "text labels": replaced("y_test", lambda y: y.astype(str)),
+    "true-or-false labels": replaced("y_test", lambda y: y > 4),
+    "one-hot labels": replaced("y_train", lambda y: np.eye(10, dtype=int)[y]),
+    "label 10": replaced("y_train", with_label(10, np.uint8)),
+    "label 255": replaced("y_test", with_label(255, np.uint8)),
+    "label 256": replaced("y_test", with_label(256, np.int64)),
+    "label -1": replaced("y_test", with_label(-1, np.int8)),
+    "too few labels": replaced("y_train", lambda y: y[:-1]),
+    "too few images": replaced("x_test", lambda x: x[:-1]),
+    "training images without a 3": replaced("y_train", lambda y: np.where(y == 3, 5, y)),
+    "test images without a 0": replaced("y_test", lambda y: np.where(y == 0, 1, y)),
+    "swapped": lambda arrays: dict(zip(arrays, [*arrays.values()][::-1], strict=True)),
+    "missing array": lambda arrays: {key: array for key, array in arrays.items() if key != "y_test"},
+    "no array": lambda arrays: {},
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_ARRAYS)
+def test_npz_of_something_else(fault: str, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    np.savez(tmp_path / "bad.npz", **WRONG_ARRAYS[fault](arrays))
+    assert "bad.npz" in refused(capsys, "--data", tmp_path / "bad.npz", "--output-dir", tmp_path / "out")
+
+
+def flip_bytes(content: bytes, share: float) -> bytes:
+    """Damage 20 bytes at that share of the content."""
+    place = int(len(content) * share)
+    return content[:place] + bytes(byte ^ 255 for byte in content[place : place + 20]) + content[place + 20 :]
+
+
+def zipped_headers(folder: Path, x_train: bytes) -> bytes:
+    """An .npz file whose images are a header and little else."""
+    with zipfile.ZipFile(folder / "headers.zip", "w") as archive:
+        for key in program.NPZ_KEYS:
+            archive.writestr(f"{key}.npy", x_train if key == "x_train" else npy_header((0,)))
+    return (folder / "headers.zip").read_bytes()
+
+
+DAMAGED_NPZ = {
+    "empty": lambda good, folder: b"",
+    "text": lambda good, folder: b"x_train, y_train\n1, 2\n",
+    "picture": lambda good, folder: b"\x89PNG\r\n\x1a\n" + bytes(1000),
+    "cut": lambda good, folder: good[: len(good) // 2],
+    "cut at the end": lambda good, folder: good[:-10],
+    "damaged member": lambda good, folder: flip_bytes(good, 0.4),
+    "damaged index": lambda good, folder: flip_bytes(good, 0.9999),
+    "huge": lambda good, folder: zipped_headers(folder, npy_header((10**12, 28, 28))),
+    "huge values": lambda good, folder: zipped_headers(folder, npy_header((10, 28, 28), "|S1000000000")),
+    "too huge to count": lambda good, folder: zipped_headers(folder, npy_header((10**30, 28, 28))),
+    "negative": lambda good, folder: zipped_headers(folder, npy_header((-1, 28, 28))),
+    "promised but missing": lambda good, folder: zipped_headers(folder, npy_header((1000, 28, 28))),
+    "header cut": lambda good, folder: zipped_headers(folder, npy_header((10, 28, 28))[:20]),
+    "not .npy": lambda good, folder: zipped_headers(folder, b"no array at all"),
+}
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["compressed", "stored"])
+@pytest.mark.parametrize("fault", DAMAGED_NPZ)
+def test_damaged_npz(fault: str, stored: bool, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "bad.npz"
+    (np.savez if stored else np.savez_compressed)(path, **arrays)
+    path.write_bytes(DAMAGED_NPZ[fault](path.read_bytes(), tmp_path))
+    started = time.perf_counter()
+    assert "bad.npz" in refused(capsys, "--data", path, "--output-dir", tmp_path / "out")
+    assert time.perf_counter() - started < 10
+
+
+def test_nothing_is_unpickled(arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "bad.npz"
+    np.savez(path, **(arrays | {"x_train": np.array([Payload(marker)], object)}))
+    assert "bad.npz" in refused(capsys, "--data", path, "--output-dir", tmp_path / "out")
+    assert not marker.exists()
+    with np.load(path, allow_pickle=True) as content:
+        content["x_train"]
+    assert marker.exists()  # so it would have shown
+
+
+def idx(magic: int, *shape: int, size: int) -> Callable[[bytes], bytes]:
+    return lambda good: struct.pack(f">{1 + len(shape)}I", magic, *shape) + bytes(size)
+
+
+DAMAGED_IDX = {
+    "empty": lambda good: b"",
+    "header cut": lambda good: good[:10],
+    "cut": lambda good: good[:-1],
+    "too long": lambda good: good + b"\0",
+    "no IDX": idx(0x12345678, 300, 28, 28, size=300 * 784),
+    "of floats": idx(0x0D03, 300, 28, 28, size=300 * 784 * 4),
+    "other size": idx(2051, 300, 27, 28, size=300 * 27 * 28),
+    "labels": idx(2049, 300, size=300),
+    "huge": idx(2051, 2**32 - 1, 28, 28, size=300 * 784),
+    "huge images": idx(2051, 300, 2**31, 2**31, size=300 * 784),
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("fault", DAMAGED_IDX)
+def test_damaged_idx(fault: str, zipped: bool, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    path = write_idx(tmp_path, arrays) / "t10k-images-idx3-ubyte"
+    content = DAMAGED_IDX[fault](path.read_bytes())
+    if zipped:
+        path.unlink()
+        path = path.with_name(path.name + ".gz")
+        content = gzip.compress(content, 1)
+    path.write_bytes(content)
+    assert path.name in refused(capsys, "--data", tmp_path, "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9999, None], ids=["damaged", "wrong checksum", "cut"])
+def test_damaged_gzip(share: float | None, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    path = write_idx(tmp_path, arrays, zipped=True) / "train-images-idx3-ubyte.gz"
+    content = path.read_bytes()
+    path.write_bytes(flip_bytes(content, share) if share else content[: len(content) // 2])
+    assert path.name in refused(capsys, "--data", tmp_path, "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_missing_idx(name: str, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    (write_idx(tmp_path, arrays) / name).unlink()
+    assert name in refused(capsys, "--data", tmp_path, "--output-dir", tmp_path / "out")
+
+
+def test_swapped_idx(arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    images, labels = (write_idx(tmp_path, arrays) / f"train-{end}-ubyte" for end in ("images-idx3", "labels-idx1"))
+    content = images.read_bytes(), labels.read_bytes()
+    labels.write_bytes(content[0])
+    images.write_bytes(content[1])
+    assert images.name in refused(capsys, "--data", tmp_path, "--output-dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["nowhere.npz", "nowhere/digits", "empty", "n" * 5000])
+def test_missing_data(name: str, earlier: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty").mkdir()
+    before = tree(earlier)
+    assert name in refused(capsys, "--data", tmp_path / name, "--output-dir", earlier)
+    assert tree(earlier) == before
+
+
+def test_missing_data_from_the_shell(tmp_path: Path) -> None:
+    done = cli("--data", "nowhere.npz", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "nowhere.npz" in only_line(done.stderr)
+
+
+# Flags
+
+WRONG_FLAGS = """
+    --epochs 0|--epochs -1|--epochs 1.5|--epochs ten|--epochs 1e3|--epochs|--batch-size 0|--batch-size 1.0
+    --learning-rate 0|--learning-rate -1|--learning-rate nan|--learning-rate inf|--learning-rate fast
+    --validation-split 0|--validation-split 1|--validation-split nan|--validation-split -0.1
+    --label-smoothing -0.1|--label-smoothing 1|--dropout 1|--dropout -0.1|--dropout nan|--patience -1|--patience x
+    --seed -1|--seed 1.5|--seed 99999999999|--train-limit 0|--train-limit -5|--train-limit all
+    --rotation -1|--rotation 181|--rotation nan|--shift -0.1|--shift 1|--zoom -0.1|--zoom 1|--shear -1|--shear inf
+    --elastic -1|--elastic nan|--augment fastest|--augment|--model resnet|--model CNN|--members 0|--members x
+    --strategy tpu|--min-accuracy 1.1|--min-accuracy -0.1|--min-accuracy nan|--flip yes|--epoch 3|--no-such-flag
+    --data|--output-dir|--predict|--combine|--model-file model.keras|--evaluate --predict x.png
+    --predict x.png --min-accuracy 0.5|--resume --evaluate|--combine a"""
+
+
+@pytest.mark.parametrize("line", [*re.split(r"\s*[|\n]\s*", WRONG_FLAGS.strip()), f"--seed 1{'0' * 400}"])
+def test_wrong_flag(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, *line.split())
+    assert (code, out) == (2, "")
+    flag = "yes" if line == "--flip yes" else line.split()[0]
+    assert flag in only_line(err)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("line", "code"), [("--help", 0), ("--version", 0), ("--epochs 0", 2)])
+def test_quick_answers(line: str, code: int, tmp_path: Path) -> None:
+    """Nothing that is slow to import is imported."""
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), *line.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert not re.search(r"\| +(tensorflow|keras|matplotlib|scipy|PIL)\b", done.stderr)
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        cli(*line.split(), cwd=tmp_path)
+        after = os.times()  # the process's own seconds, so that a busy machine does not count
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
+    assert min(seconds) < 0.3, seconds
+
+
+def test_version_and_help(capsys: Capture) -> None:
+    assert program.VERSION in call(capsys, "--version")[1]
+    defaults = vars(program.parse_config([]))
+    for flag, text in flags_of_help().items():
+        value = defaults.get(flag[2:].replace("-", "_"))
+        if value is not None and not isinstance(value, bool) and flag != "--model-file":
+            assert f"default: {value}" in text, f"--help does not tell the default of {flag}"
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_output_folder_that_cannot_be(place: str, tmp_path: Path, tiny: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("keep me")
+    assert str(tmp_path / place) in refused(capsys, "--data", tiny, "--output-dir", tmp_path / place)
+    assert tree(tmp_path) == {"file": b"keep me"}
+
+
+# Preprocessing
+
+
+def test_normalise() -> None:
+    images = np.arange(256, dtype=np.uint8).repeat(49).reshape(16, 28, 28)
+    result = program.normalise(images)
+    assert (result.shape, result.dtype) == ((16, 28, 28, 1), np.float32)
+    assert np.array_equal(np.unique(result), np.arange(256, dtype=np.float32) / 255)
+    assert images.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("limit", "split", "sizes"), [(None, 0.1, (1080, 120)), (100, 0.25, (75, 25)), (2, 0.5, (1, 1))]
+)
+def test_split_validation(limit: int | None, split: float, sizes: tuple[int, int], arrays: Arrays) -> None:
+    """The first images are trained on, the last held out, and none is lost."""
+    x_train, y_train, x_validation, y_validation = program.split_validation(
+        program.Digits(*arrays.values(), "tiny", "here"), split, limit
+    )
+    assert (len(x_train), len(x_validation)) == sizes
+    assert np.array_equal(np.concatenate([x_train, x_validation]), arrays["x_train"][:limit])
+    assert np.array_equal(np.concatenate([y_train, y_validation]), arrays["y_train"][:limit])
+
+
+@pytest.mark.parametrize(("limit", "split"), [(2, 0.1), (2, 0.9), (None, 0.0001), (None, 0.9999)])
+def test_split_that_leaves_nothing(
+    limit: int | None, split: float, tiny: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    limits = [] if limit is None else ["--train-limit", limit]
+    flags = "--data", tiny, "--validation-split", split, *limits, "--output-dir", tmp_path
+    assert "--validation-split" in refused(capsys, *flags)
+
+
+# Augmentation
+
+STILL = program.Ranges(rotation=0, shift=0, zoom=0, shear=0, elastic=0, flip=False)
+STRONG = program.Ranges(rotation=15, shift=0.1, zoom=0.2, shear=0.2, elastic=1, flip=True)
+
+
+def augmented(images: np.ndarray, ranges: program.Ranges, seed: tuple[int, int] = (1, 2)) -> np.ndarray:
+    return program.augment_fast(images, ranges, np.array(seed, np.int32)).numpy()
+
+
+def moved(images: np.ndarray, seed: tuple[int, int] = (1, 2), **ranges: Any) -> np.ndarray:
+    return program.move(images, STILL._replace(**ranges), np.array(seed, np.int32)).numpy()
+
+
+def centres(images: np.ndarray) -> np.ndarray:
+    """The centre of mass of each image, (n, 2): row, column."""
+    mass = images.reshape(-1, 28, 28).astype(float)
+    places = np.arange(28)
+    total = mass.sum((1, 2))
+    return np.stack([mass.sum(2) @ places / total, mass.sum(1) @ places / total], axis=1)
+
+
+@pytest.fixture(scope="session")
+def batch(arrays: Arrays) -> np.ndarray:
+    return program.normalise(arrays["x_train"][:256])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 256])
+def test_augmented_images(count: int, batch: np.ndarray) -> None:
+    result = augmented(batch[:count], STRONG)
+    assert (result.shape, result.dtype) == ((count, 28, 28, 1), np.float32)
+    assert np.isfinite(result).all()
+    assert result.min() >= 0
+    assert result.max() <= 1
+    assert not np.array_equal(result, batch[:count])
+
+
+def test_augmentation_is_a_function_of_its_seed(batch: np.ndarray) -> None:
+    result = augmented(batch, STRONG)
+    assert np.array_equal(result, augmented(batch, STRONG))
+    for seed in ((1, 3), (2, 2)):
+        other = augmented(batch, STRONG, seed)
+        assert np.mean([not np.array_equal(a, b) for a, b in zip(result, other, strict=True)]) > 0.9
+
+
+def test_augmentation_differs_within_a_batch(batch: np.ndarray) -> None:
+    same = np.repeat(batch[:1], 50, axis=0)
+    assert len(np.unique(moved(same, rotation=10, shift=0.1), axis=0)) == 50
+    assert len(np.unique(augmented(same, STRONG), axis=0)) == 50
+
+
+def test_ranges_of_zero_move_nothing(batch: np.ndarray) -> None:
+    assert np.allclose(moved(batch), batch, atol=1e-5)
+
+
+def test_light_alone(batch: np.ndarray) -> None:
+    """Without ranges some images are left as they are, and some are not."""
+    same = [np.allclose(a, b, atol=1e-5) for a, b in zip(batch, augmented(batch, STILL), strict=True)]
+    assert 0.05 < np.mean(same) < 0.9
+
+
+def test_the_middle_stays_in_the_middle(batch: np.ndarray) -> None:
+    distance = np.abs(centres(moved(batch, rotation=10, zoom=0.1, shear=0.1)) - centres(batch))
+    assert distance.max() < 0.8
+
+
+def test_shift(batch: np.ndarray) -> None:
+    small = moved(np.pad(batch[:, 7:21, 7:21], ((0, 0), (7, 7), (7, 7), (0, 0))), shift=0.1)
+    distance = centres(small) - centres(np.pad(batch[:, 7:21, 7:21], ((0, 0), (7, 7), (7, 7), (0, 0))))
+    assert np.abs(distance).max() <= 2.81
+    assert np.abs(distance).max(axis=0).min() > 2
+    assert np.abs(distance.mean(axis=0)).max() < 0.5
+
+
+def test_zoom(batch: np.ndarray) -> None:
+    """Ink grows and shrinks with the area, by the given share in each direction at the most."""
+    growth = moved(batch, zoom=0.2).sum((1, 2, 3)) / batch.sum((1, 2, 3))
+    assert 0.6 < growth.min() < 0.85
+    assert 1.15 < growth.max() < 1.6
+
+
+def test_rotation(batch: np.ndarray) -> None:
+    """A bar turns to both sides, up to the given angle."""
+    bars = np.zeros((200, 28, 28, 1), np.float32)
+    bars[:, 4:24, 13:15] = 1
+    rows, columns = np.indices((28, 28)) - 13.5
+    turned = moved(bars, rotation=20)[..., 0]
+    angles = np.degrees((turned * rows * columns).sum((1, 2)) / (turned * rows**2).sum((1, 2)))
+    assert 15 < angles.max() < 21
+    assert -21 < angles.min() < -15
+
+
+def test_flip_mirrors_half(batch: np.ndarray) -> None:
+    result = moved(batch, flip=True)
+    same, mirrored = (np.abs(result - other).max((1, 2, 3)) < 1e-4 for other in (batch, batch[:, :, ::-1]))
+    assert (same | mirrored).all()
+    assert 0.3 < mirrored.mean() < 0.7
+
+
+def test_elastic_bends(batch: np.ndarray) -> None:
+    """The strokes go elsewhere, not far, and stay strokes."""
+    bent = program.distort(batch, 1.0, np.array([1, 2], np.int32)).numpy()
+    assert bent.shape == batch.shape
+    assert (np.abs(bent - batch).max((1, 2, 3)) > 0.1).all()
+    assert np.abs(centres(bent) - centres(batch)).mean() < 1
+    assert 0.8 < bent.sum() / batch.sum() < 1.2
+
+
+@pytest.mark.parametrize("how", ["keras", "none"])
+def test_other_augmentation(how: str, train: Train) -> None:
+    """It trains, draws its picture, and does the same again."""
+    flags = "--augment", how, "--train-limit", 300, "--flip", "--rotation", 20
+    one, two = train(*flags, name="one"), train(*flags, name="two")
+    assert equal_arrays(weights(one.folder / "model.keras"), weights(two.folder / "model.keras"))
+    assert one.metrics["config"]["augment"] == how
+
+
+def test_none_leaves_images_alone(batch: np.ndarray) -> None:
+    augment = program.augmentation(program.parse_config(["--augment", "none"]))
+    assert np.array_equal(augment(batch, np.array([0, 0], np.int32)), batch)
+
+
+def images_per_second(next_batch: Callable[[], Any], batches: int) -> float:
+    next_batch()
+    started = time.perf_counter()
+    for _ in range(batches):
+        next_batch()
+    return 128 * batches / (time.perf_counter() - started)
+
+
+@pytest.mark.slow
+def test_augmentation_is_fast(batch: np.ndarray) -> None:
+    """At least eight times the images per second of Keras' ImageDataGenerator, with the same ranges."""
+    import tensorflow as tf
+
+    ranges = program.Ranges(rotation=10, shift=0.08, zoom=0.1, shear=0.1, elastic=0, flip=False)
+    images = tf.constant(batch[:128])
+    fast = tf.function(lambda step: program.augment_fast(images, ranges, tf.stack([0, step])))
+    steps = iter(range(10**9))
+    generator = tf.keras.preprocessing.image.ImageDataGenerator(
+        rotation_range=10,
+        width_shift_range=0.08,
+        height_shift_range=0.08,
+        zoom_range=0.1,
+        shear_range=math.degrees(math.atan(0.1)),
+        fill_mode="constant",
+    )
+    flow = generator.flow(batch[:128], batch_size=128, shuffle=False)
+    ratios = [
+        images_per_second(lambda: fast(tf.constant(next(steps))).numpy(), 100)
+        / images_per_second(lambda: next(flow), 5)
+        for _ in range(3)
+    ]
+    assert max(ratios) >= 8, ratios
+
+
+# Models
+
+
+def kinds(model: Any) -> list[str]:
+    return [type(layer).__name__ for layer in model.layers]
+
+
+def test_cnn() -> None:
+    model = program.build_model("cnn", dropout=0.3, seed=0)
+    assert {"Conv2D", "MaxPooling2D", "ReLU", "Flatten", "Dense", "Dropout"} <= set(kinds(model))
+    assert kinds(model)[-1] == "Softmax"
+    assert (model.input_shape, model.output_shape) == ((None, 28, 28, 1), (None, 10))
+
+
+def test_mlp() -> None:
+    model = program.build_model("mlp", dropout=0, seed=0)
+    dense = [layer for layer in model.layers if type(layer).__name__ == "Dense"]
+    assert [layer.units for layer in dense] == [10, 10, 10, 10]
+    assert [layer.activation.__name__ for layer in dense[:3]] == ["relu"] * 3
+    assert model.count_params() == 784 * 10 + 10 + 3 * 110
+
+
+def test_first_weights_come_from_the_seed() -> None:
+    one, same, other = (program.build_model("cnn", 0, seed).get_weights() for seed in (1, 1, 2))
+    assert equal_arrays(one, same)
+    assert not equal_arrays(one, other)
+
+
+# Training
+
+
+def test_same_seed_same_weights(trained: Run, tiny: Path, tmp_path: Path) -> None:
+    """A second run, in another process, is bit-equal; without plots it draws none; quiet, it prints one line."""
+    flags = "--epochs", 3, "--batch-size", 32, "--seed", 7, "--output-dir", tmp_path / "out", "--no-plots", "--quiet"
+    done = cli("--data", tiny, *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert only_line(done.stdout) == trained.stdout.splitlines()[-1]
+    assert names(tmp_path / "out") == TABLES
+    assert equal_arrays(weights(tmp_path / "out" / "model.keras"), weights(trained.folder / "model.keras"))
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == (trained.folder / "predictions.csv").read_bytes()
+
+
+def test_other_seed_other_weights(train: Train) -> None:
+    one, same, other = (train("--seed", seed, name=f"{name}") for name, seed in enumerate((1, 1, 2)))
+    assert equal_arrays(weights(one.folder / "model.keras"), weights(same.folder / "model.keras"))
+    assert not equal_arrays(weights(one.folder / "model.keras"), weights(other.folder / "model.keras"))
+
+
+def test_mlp_end_to_end(train: Train, trained: Run) -> None:
+    run = train("--epochs", 15, "--batch-size", 32, "--learning-rate", 0.01, "--dropout", 0.01, "--elastic", 0.2)
+    assert run.metrics["parameters"] == 8180
+    assert run.metrics["test_accuracy"] > 0.3
+    assert run.metrics.keys() == trained.metrics.keys()
+
+
+@pytest.mark.parametrize("limit", [2, 12])
+def test_few_images(limit: int, train: Train) -> None:
+    """Not every digit is among them, and they do not fill a batch."""
+    run = train("--train-limit", limit, "--validation-split", 0.5, plots=True)
+    assert names(run.folder) == TABLES | PICTURES
+
+
+@pytest.mark.parametrize(("patience", "epochs", "stops"), [(1, 60, True), (60, 6, False)])
+def test_patience_keeps_the_best_weights(patience: int, epochs: int, stops: bool, train: Train, arrays: Arrays) -> None:
+    """At this learning rate the validation loss soon gets worse; the model saved is the one of the best epoch."""
+    flags = "--epochs", epochs, "--learning-rate", 0.3, "--label-smoothing", 0, "--batch-size", 32
+    run = train(*flags, "--patience", patience)
+    history = read_table(run.folder / "history.csv")
+    assert (len(history["epoch"]) < epochs) == stops
+    probabilities = program.predict_probabilities(
+        program.load_model(run.folder / "model.keras"), arrays["x_train"][-120:]
+    )
+    raw = np.log(np.maximum(probabilities, 1e-30)) * run.metrics["temperature"]  # as before calibration
+    raw = np.exp(raw - raw.max(axis=1, keepdims=True))
+    evaluation = program.Evaluation(arrays["y_train"][-120:], raw / raw.sum(axis=1, keepdims=True))
+    assert program.cross_entropy(evaluation) == pytest.approx(history["val_loss"].min(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("batch_size", "epochs"), [(32, 2), (2000, 1)])
+def test_loss_that_is_no_number(batch_size: int, epochs: int, earlier: Path, tiny: Path, capsys: Capture) -> None:
+    """In the middle of training, or only after the last step, where validation is the first to notice."""
+    before = tree(earlier)
+    flags = "--data", tiny, "--model", "mlp", "--epochs", epochs, "--learning-rate", 1e38, "--batch-size", batch_size
+    assert "--learning-rate" in refused(capsys, *flags, "--output-dir", earlier)
+    after = tree(earlier)
+    assert {name: after[name] for name in after if not name.startswith(".checkpoint")} == before
+
+
+# Evaluation and calibration
+
+
+def evaluation_of(labels: list[int], said: list[int], confidences: list[float]) -> program.Evaluation:
+    """An Evaluation in which digit `said` has that confidence, and the other nine share the rest."""
+    probabilities = np.repeat((1 - np.array(confidences))[:, None] / 9, 10, axis=1)
+    probabilities[np.arange(len(said)), said] = confidences
+    return program.Evaluation(np.array(labels, np.uint8), probabilities)
+
+
+def test_expected_calibration_error() -> None:
+    """Two images at 0.9, one of them right, and two at 0.6, both right: (0.4 + 0.4) / 2."""
+    evaluation = evaluation_of([1, 2, 3, 4], [1, 7, 3, 4], [0.9, 0.9, 0.6, 0.6])
+    assert program.expected_calibration_error(evaluation) == pytest.approx(0.4)
+    assert program.expected_calibration_error(evaluation_of([1, 2], [1, 2], [1.0, 1.0])) == pytest.approx(0)
+    assert program.expected_calibration_error(evaluation_of([1, 2], [2, 1], [1.0, 1.0])) == pytest.approx(1)
+
+
+def test_cross_entropy() -> None:
+    evaluation = evaluation_of([1, 2], [1, 7], [0.5, 0.1])
+    assert program.cross_entropy(evaluation) == pytest.approx(-(math.log(0.5) + math.log(0.1)) / 2)
+    assert math.isfinite(program.cross_entropy(evaluation_of([1], [2], [1.0])))
+
+
+def test_confusion_matrix_and_per_digit() -> None:
+    evaluation = evaluation_of([1, 1, 1, 2, 7], [1, 1, 7, 2, 2], [0.9] * 5)
+    matrix = program.confusion_matrix(evaluation)
+    expected = np.zeros((10, 10))
+    expected[1, 1], expected[1, 7], expected[2, 2], expected[7, 2] = 2, 1, 1, 1
+    assert np.array_equal(matrix, expected)
+    figures = program.per_digit(matrix)
+    assert [row["digit"] for row in figures] == list(range(10))
+    for digit, *values in ((1, 1, 2 / 3, 0.8), (2, 0.5, 1, 2 / 3), (7, 0, 0, 0), (3, 0, 0, 0)):
+        assert [figures[digit][name] for name in ("precision", "recall", "f1")] == pytest.approx(values)
+
+
+def test_temperature_is_that_of_confidence() -> None:
+    """Over-confident: T > 1; too modest: T < 1; honest: T = 1."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(10, size=5000)
+    temperatures = []
+    for confidence, accuracy in ((0.99, 0.8), (0.5, 0.95), (0.8, 0.8)):
+        said = np.where(np.arange(5000) < 5000 * accuracy, labels, (labels + rng.integers(1, 10, 5000)) % 10)
+        temperatures.append(program.fit_temperature(evaluation_of(labels, said, [confidence] * 5000)))
+    assert temperatures[0] > 1.5
+    assert temperatures[1] < 0.7
+    assert temperatures[2] == pytest.approx(1, abs=0.05)
+
+
+def test_calibration_helps_and_changes_no_prediction(arrays: Arrays) -> None:
+    model, images, labels = program.build_model("cnn", 0, seed=3), arrays["x_test"], arrays["y_test"]
+    before = program.Evaluation(labels, program.predict_probabilities(model, images))
+    program.divide_logits(model, program.fit_temperature(before))
+    after = program.Evaluation(labels, program.predict_probabilities(model, images))
+    assert program.cross_entropy(after) <= program.cross_entropy(before) + 1e-6
+    assert np.array_equal(after.predictions, before.predictions)
+    assert not np.allclose(after.probabilities, before.probabilities)
+
+
+# Results
+
+
+def test_all_results_are_there(trained: Run) -> None:
+    """And nothing else, hidden or not."""
+    assert names(trained.folder) == TABLES | PICTURES
+
+
+def test_metrics(trained: Run, tiny: Path) -> None:
+    metrics = trained.metrics
+    keys = """test_accuracy test_loss validation_accuracy validation_loss expected_calibration_error temperature
+        confusion_matrix per_digit rejection_threshold dataset config versions timings_seconds
+        training_images_per_second parameters peak_rss_mib started_at finished_at"""
+    assert set(keys.split()) <= metrics.keys()
+    assert metrics["dataset"]["name"] == "tiny"
+    assert str(tiny) == metrics["dataset"]["origin"]
+    assert re.fullmatch("[0-9a-f]{64}", metrics["dataset"]["sha256"])
+    assert {1200, 300} <= set(metrics["dataset"].values())
+    assert {"tensorflow", "keras", "numpy", "python"} <= metrics["versions"].keys()
+    flags = {flag[2:].removeprefix("no-").replace("-", "_") for flag in flags_of_help()} - {"help", "version"}
+    assert flags <= metrics["config"].keys()
+    assert metrics["config"]["seed"] == 7
+    seconds = metrics["timings_seconds"]
+    total = seconds["total"]
+    assert sum(seconds.values()) - total == pytest.approx(total, abs=0.5 + 0.2 * total)
+    started, finished = (datetime.datetime.fromisoformat(metrics[f"{what}_at"]) for what in ("started", "finished"))
+    assert started.utcoffset() == finished.utcoffset() == datetime.timedelta(0)
+    assert 0 <= (finished - started).total_seconds() <= total + 2
+    assert 50 < metrics["training_images_per_second"] < 1e6
+    assert 100 < metrics["peak_rss_mib"] < 4000
+    assert 0.05 < metrics["temperature"] < 20
+    assert 0 <= metrics["validation_accuracy"] <= 1
+    assert 0 < metrics["rejection_threshold"] < 100
+
+
+def test_checksum_does_not_depend_on_the_format(trained: Run, arrays: Arrays, tmp_path: Path) -> None:
+    digits = program.load_digits(str(write_idx(tmp_path, arrays, zipped=True)))
+    assert program.dataset_metrics(digits)["sha256"] == trained.metrics["dataset"]["sha256"]
+
+
+def test_metrics_agree_with_predictions(trained: Run, arrays: Arrays) -> None:
+    table = read_table(trained.folder / "predictions.csv")
+    assert list(table) == ["index", "label", "prediction", "confidence"]
+    assert np.array_equal(table["index"], np.arange(300))
+    assert np.array_equal(table["label"], arrays["y_test"])
+    matrix = np.zeros((10, 10))
+    np.add.at(matrix, (table["label"].astype(int), table["prediction"].astype(int)), 1)
+    assert np.array_equal(matrix, trained.metrics["confusion_matrix"])
+    assert trained.metrics["test_accuracy"] == pytest.approx(matrix.trace() / 300)
+    assert trained.metrics["per_digit"] == program.per_digit(matrix.astype(int))
+    assert trained.metrics["test_accuracy"] > 0.7
+
+
+def test_model_opens_in_plain_keras(trained: Run, arrays: Arrays, tmp_path: Path) -> None:
+    """Without this program, in safe mode; and it says what the tables say."""
+    np.save(tmp_path / "images.npy", arrays["x_test"][..., None].astype(np.float32) / 255)
+    code = """import sys, keras, numpy
+model = keras.models.load_model(sys.argv[1])
+numpy.save("probabilities.npy", model.predict(numpy.load("images.npy"), verbose=0))
+print(model.input_shape, model.output_shape, "mnist_digit_recognizer" in sys.modules)"""
+    command = [sys.executable, "-c", code, str(trained.folder / "model.keras")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "(None, 28, 28, 1) (None, 10) False"
+    probabilities = np.load(tmp_path / "probabilities.npy").astype(float)
+    table = read_table(trained.folder / "predictions.csv")
+    assert probabilities.dtype == float
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert np.array_equal(probabilities.argmax(axis=1), table["prediction"])
+    assert np.allclose(probabilities.max(axis=1), table["confidence"], atol=1e-5)
+    evaluation = program.Evaluation(arrays["y_test"], probabilities)
+    assert trained.metrics["test_loss"] == pytest.approx(program.cross_entropy(evaluation), rel=1e-4)
+    ece = program.expected_calibration_error(evaluation)
+    assert trained.metrics["expected_calibration_error"] == pytest.approx(ece, abs=1e-3)
+
+
+def test_history(trained: Run) -> None:
+    history = read_table(trained.folder / "history.csv")
+    names = {"epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds"}
+    assert names <= history.keys()
+    assert np.array_equal(history["epoch"], [1, 2, 3])
+    assert history["loss"][-1] < history["loss"][0]
+    assert history["val_accuracy"][-1] == pytest.approx(trained.metrics["validation_accuracy"], abs=1e-6)
+
+
+def assert_picture(path: Path) -> None:
+    """It opens, is wide enough to look at, and is not blank."""
+    from matplotlib.image import imread
+
+    image = imread(path)
+    assert image.shape[1] >= 600
+    assert len(np.unique(image[..., :3])) > 50
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_pictures(name: str, trained: Run) -> None:
+    assert_picture(trained.folder / name)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_pictures_of_extremes(right: bool, arrays: Arrays, tmp_path: Path) -> None:
+    """A network that is always right, or always wrong, and sure of it."""
+    labels, images = arrays["y_test"], arrays["x_test"]
+    evaluation = program.Evaluation(labels, np.eye(10)[labels if right else (labels + 1) % 10])
+    program.plot_confusion_matrix(tmp_path / "1.png", program.confusion_matrix(evaluation), "extreme")
+    program.plot_predictions(tmp_path / "2.png", images, evaluation, "extreme")
+    program.plot_misclassified(tmp_path / "3.png", images, evaluation, "extreme")
+    program.plot_calibration(tmp_path / "4.png", evaluation, "extreme")
+    for path in tmp_path.iterdir():
+        assert_picture(path)
+
+
+def assert_checksums(folder: Path) -> None:
+    """metrics.json lists each other result with its SHA-256; runs.csv grows from run to run."""
+    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names(folder)}
+    assert read_metrics(folder)["files"] == {k: v for k, v in found.items() if k not in ("metrics.json", "runs.csv")}
+
+
+def test_checksums(trained: Run) -> None:
+    assert_checksums(trained.folder)
+
+
+def test_log(trained: Run) -> None:
+    """Not on a terminal: plain lines, one an epoch, and the last says it all."""
+    assert not re.search(r"[\r\x1b\b]", trained.stdout)
+    assert [len(re.findall(rf"\b{epoch}/3\b", trained.stdout)) for epoch in (1, 2, 3)] == [1, 1, 1]
+    assert f"{100 * trained.metrics['test_accuracy']:.2f}%" in trained.stdout.splitlines()[-1]
+    assert str(trained.folder) in trained.stdout
+    assert trained.stderr == ""
+
+
+# Measuring a saved model
+
+
+def test_evaluate_reproduces_the_run(trained: Run, tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    model, out = trained.folder / "model.keras", tmp_path / "out"
+    code, _, err = call(capsys, "--evaluate", "--model-file", model, "--data", tiny, "--output-dir", out)
+    assert (code, err) == (0, "")
+    metrics = read_metrics(out)
+    for key in ("test_accuracy", "confusion_matrix", "per_digit", "temperature", "rejection_threshold", "parameters"):
+        assert metrics[key] == trained.metrics[key]
+    assert metrics["test_loss"] == pytest.approx(trained.metrics["test_loss"])
+    assert names(out) == EVALUATION_PICTURES | {"metrics.json", "predictions.csv", "runs.csv"}
+    assert (out / "predictions.csv").read_bytes() == (trained.folder / "predictions.csv").read_bytes()
+
+
+def test_evaluate_in_place(trained: Run, earlier: Path, tiny: Path, capsys: Capture) -> None:
+    """The rest of the run's results stays, and still fits together; twice is as once."""
+    for _ in range(2):
+        code, out, err = call(capsys, "--evaluate", "--data", tiny, "--output-dir", earlier, "--quiet")
+        assert (code, err) == (0, "")
+        assert only_line(out) == trained.stdout.splitlines()[-1]
+        assert names(earlier) == TABLES | PICTURES
+        assert (earlier / "model.keras").read_bytes() == (trained.folder / "model.keras").read_bytes()
+        assert_checksums(earlier)
+        for key in ("test_accuracy", "validation_loss", "temperature", "rejection_threshold"):
+            assert read_metrics(earlier)[key] == trained.metrics[key]
+
+
+def strange_model(path: Path, kind: str) -> None:
+    import keras
+    from keras import layers
+
+    head = [layers.Flatten(), layers.Dense(10, activation="softmax")]
+    stacks = {
+        "other input": [keras.Input((32, 32, 1)), *head],
+        "colour": [keras.Input((28, 28, 3)), *head],
+        "other output": [keras.Input((28, 28, 1)), layers.Flatten(), layers.Dense(11, activation="softmax")],
+        "code": [keras.Input((28, 28, 1)), *head, layers.Lambda(lambda x: x)],
+        "code inside": [keras.Input((28, 28, 1)), keras.Sequential([layers.Lambda(lambda x: x)]), *head],
+    }
+    keras.Sequential(stacks[kind]).save(path)
+
+
+def rewrite_config(good: Path, path: Path, change: Callable[[str], str]) -> None:
+    """The same model file, with another description of the network."""
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            target.writestr(name, change(content.decode()) if name == "config.json" else content)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    ["", "{", "[1, 2]", '{"dataset": "mnist", "files": ["a"]}', '{"dataset": null, "files": null, "training": 3}'],
+)
+def test_metrics_of_another_program(metrics: str, trained: Run, tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A metrics.json that no run of this program wrote is replaced."""
+    (tmp_path / "metrics.json").write_text(metrics)
+    flags = "--model-file", trained.folder / "model.keras", "--data", tiny, "--output-dir", tmp_path, "--no-plots"
+    assert call(capsys, "--evaluate", *flags)[0] == 0
+    assert read_metrics(tmp_path)["test_accuracy"] == trained.metrics["test_accuracy"]
+
+
+def test_only_results_are_replaced(train: Train, tmp_path: Path) -> None:
+    """Pictures of an earlier run go, so that none stands beside figures of another; what is the user's own stays."""
+    out = train(plots=True).folder
+    metrics = read_metrics(out)
+    (tmp_path / "outside.txt").write_text("keep me")
+    (out / "notes.txt").write_text("keep me")
+    metrics["files"] |= {"../outside.txt": "", "notes.txt": "", str(tmp_path / "outside.txt"): ""}
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    train()
+    assert names(out) == TABLES | {"notes.txt"}
+    assert (tmp_path / "outside.txt").exists()
+    assert len((out / "runs.csv").read_text().splitlines()) == 3
+
+
+STRANGE_FILES: dict[str, Callable[[Path, Path], object]] = {
+    "text": lambda good, path: path.write_text("no model\n"),
+    "empty": lambda good, path: path.write_bytes(b""),
+    "cut": lambda good, path: path.write_bytes(good.read_bytes()[: good.stat().st_size // 2]),
+    "damaged": lambda good, path: path.write_bytes(flip_bytes(good.read_bytes(), 0.5)),
+    "missing": lambda good, path: None,
+    "folder": lambda good, path: path.mkdir(),
+    "other archive": lambda good, path: zipfile.ZipFile(path, "w").close(),
+    "no JSON": lambda good, path: rewrite_config(good, path, lambda text: text[:-5]),
+    "other layer": lambda good, path: rewrite_config(good, path, lambda text: text.replace('"ReLU"', '"NoSuch"')),
+    "other module": lambda good, path: rewrite_config(good, path, lambda text: text.replace("keras.layers", "os")),
+    "other kernel": lambda good, path: rewrite_config(good, path, lambda text: text.replace("[5, 5]", "[7, 7]")),
+} | {
+    kind: lambda good, path, kind=kind: strange_model(path, kind)
+    for kind in ("other input", "colour", "other output", "code", "code inside")
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE_FILES)
+def test_model_files_that_are_refused(kind: str, trained: Run, earlier: Path, tiny: Path, capsys: Capture) -> None:
+    path = earlier.with_name("strange.keras")
+    STRANGE_FILES[kind](trained.folder / "model.keras", path)
+    before = tree(earlier)
+    assert "strange.keras" in refused(
+        capsys, "--evaluate", "--model-file", path, "--data", tiny, "--output-dir", earlier
+    )
+    assert tree(earlier) == before
+
+
+@pytest.mark.parametrize(("minimum", "code"), [(1.0, 3), (0.0, 0)])
+def test_min_accuracy(minimum: float, code: int, train: Train, capsys: Capture) -> None:
+    """Everything is written all the same."""
+    run = train("--min-accuracy", minimum, code=code)
+    assert run.metrics["test_accuracy"] < 1
+    assert names(run.folder) == TABLES
+    data = "--data", run.metrics["config"]["data"]
+    evaluate = "--evaluate", *data, "--output-dir", run.folder, "--min-accuracy", minimum, "--quiet"
+    result, out, err = call(capsys, *evaluate)
+    assert (result, err) == (code, "")
+    assert only_line(out) == run.stdout.splitlines()[-1]
+
+
+# The project's other files
+
+
+def test_requirements_are_those_of_the_script() -> None:
+    block = re.search(r"^# /// script$(.*?)^# ///$", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert re.findall(r'^#     "(.*)",$', block[1], re.MULTILINE) == [line for line in lines if line]
+
+
+def test_readme_lists_the_flags() -> None:
+    rows = re.findall(r"^\| `--.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = {flag for row in rows for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", row)}
+    assert listed | {"--help"} == set(flags_of_help())
+
+
+# Synthetic digits
+
+
+def test_synthetic_digits(arrays: Arrays) -> None:
+    images, labels = np.concatenate([arrays["x_train"], arrays["x_test"]]), np.r_[arrays["y_train"], arrays["y_test"]]
+    assert (images.shape, images.dtype) == ((1500, 28, 28), np.uint8)
+    assert (labels.shape, labels.dtype) == ((1500,), np.uint8)
+    assert np.array_equal(np.bincount(labels), [150] * 10)
+    assert len(np.unique(images, axis=0)) == 1500
+    assert (images.max((1, 2)) > 150).all()
+
+
+def test_synthetic_digits_are_framed_as_mnist_is(arrays: Arrays) -> None:
+    """In a box of about 20 x 20 pixels, the centre of mass in the middle."""
+    images = arrays["x_train"]
+    for axis in (1, 2):
+        inked = (images > 100).any(axis)
+        extent = 28 - inked.argmax(1) - inked[:, ::-1].argmax(1)
+        assert extent.max() <= 22
+    distance = np.abs(centres(images) - 13.5)
+    assert np.quantile(distance, 0.95) < 1
+    assert distance.max() < 2
+    assert np.abs(centres(images).mean(axis=0) - 13.5).max() < 0.3
+
+
+def test_synthetic_digits_are_a_function_of_their_seed() -> None:
+    one = program.synthetic_digits(203, seed=5)
+    np.random.seed(1)
+    state = np.random.get_state()[1].tolist()
+    assert equal_arrays(list(one), list(program.synthetic_digits(203, seed=5)))
+    assert not np.array_equal(one[0], program.synthetic_digits(203, seed=6)[0])
+    assert np.random.get_state()[1].tolist() == state
+    assert np.ptp(np.bincount(one[1], minlength=10)) == 1
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_few_synthetic_digits(count: int) -> None:
+    images, labels = program.synthetic_digits(count, seed=0)
+    assert (images.shape, labels.shape) == ((count, 28, 28), (count,))
+
+
+@pytest.mark.slow
+def test_synthetic_digits_are_fast() -> None:
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        program.synthetic_digits(60_000, seed=0)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 15
+
+
+# Real MNIST
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What a user gets who gives no flag."""
+    cwd = tmp_path_factory.mktemp("default")
+    done = cli("--data", MNIST, cwd=cwd, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    return Run(cwd / "outputs", done.stdout, done.stderr, read_metrics(cwd / "outputs"))
+
+
+@needs_mnist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "accuracy"),
+    [("--epochs 1", 0.992), ("--model mlp --epochs 10 --batch-size 200", 0.90)],
+)
+def test_accuracy_of_short_runs(flags: str, accuracy: float, tmp_path: Path) -> None:
+    done = cli("--data", MNIST, *flags.split(), "--no-plots", "--min-accuracy", accuracy, cwd=tmp_path, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_mnist
+@pytest.mark.slow
+def test_default_run(default_run: Run) -> None:
+    metrics = default_run.metrics
+    assert metrics["dataset"]["name"] == "mnist"
+    assert metrics["test_accuracy"] >= 0.996
+    assert metrics["test_loss"] <= 0.014
+    assert metrics["expected_calibration_error"] <= 0.003
+    assert metrics["peak_rss_mib"] <= 1536
+    assert default_run.stderr == ""
+    assert names(default_run.folder) == TABLES | PICTURES
+    for name in PICTURES:
+        assert_picture(default_run.folder / name)
+
+
+def corrupted(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Moderate changes for the worse, of uint8 (n, 28, 28) images, by name."""
+    from scipy import ndimage
+
+    rng = np.random.default_rng(0)
+    ink = images / 255
+    scale = np.array([1, 1 / 0.85, 1 / 0.85])
+    middle = np.array([0, 13.5, 13.5])
+    changed = {
+        "background": 0.3 + 0.7 * ink,
+        "contrast": 0.5 * ink,
+        "noise": ink + rng.normal(0, 0.15, ink.shape),
+        "blur": ndimage.gaussian_filter(ink, (0, 1, 1)),
+        "shade": np.maximum(ink, np.linspace(0, 0.5, 28)),
+        "shift": np.roll(ink, (2, -2), axis=(1, 2)),
+        "scale": ndimage.affine_transform(ink, scale, middle * (1 - scale), order=1),
+    }
+    return {name: (255 * values.clip(0, 1)).astype(np.uint8) for name, values in changed.items()}
+
+
+@needs_mnist
+@pytest.mark.slow
+def test_default_model_stands_bad_light(default_run: Run) -> None:
+    model, digits = program.load_model(default_run.folder / "model.keras"), program.load_digits(MNIST)
+    labels = digits.test_labels[:2000]
+    accuracy = {
+        name: (program.predict_probabilities(model, images).argmax(axis=1) == labels).mean()
+        for name, images in corrupted(digits.test_images[:2000]).items()
+    }
+    assert np.mean(list(accuracy.values())) >= 0.97, accuracy
