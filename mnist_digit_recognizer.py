@@ -25,7 +25,6 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import functools
 import gzip
 import hashlib
 import io
@@ -41,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # imported where they are first needed, so that --help and a 
     import tensorflow as tf
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 VERSION = "1.0.0"
 STARTED = time.perf_counter()
@@ -880,7 +881,7 @@ def ink(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     # The frame: the longer side is 20 pixels, the pen included, and the centre of mass is the centre of the image.
     points = points * ((20 - 2 * radius) / extent.max(1, keepdims=True))[:, None]
     steps = np.linalg.norm(np.diff(points, axis=1, append=points[:, -1:]), axis=2).clip(0.1, 1)  # 1: the pen was lifted
-    points = points + 13.5 - np.average(points, axis=1, weights=np.repeat(steps[..., None], 2, 2))[:, None]
+    points = points + 14 - np.average(points, axis=1, weights=np.repeat(steps[..., None], 2, 2))[:, None]
 
     place = np.linspace(0, 1, samples) * rng.uniform(2, 12, (n, 1)) + rng.uniform(0, 2 * np.pi, (n, 1))
     pen = radius * (1 + rng.uniform(0, 0.25, (n, 1)) * np.sin(place))  # the hand presses harder here than there
@@ -1664,20 +1665,17 @@ PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 MAX_PIXELS = 100_000_000  # more is refused, on the word of the header, before a pixel is decoded
 MAX_SIDE = 1000  # px; larger pictures are shrunk to this as early as the format allows
 COARSE_SIDE = 100  # px; the long side of the small copy on which light and paper are judged
+NARROW = 9  # px of the small copy: no stroke but a marker's is wider, and light changes little over it
 BOX_SIDE, DIGIT_SIDE = 20, 28  # MNIST: the ink fills a 20 x 20 box, centred by mass in 28 x 28
 FINE = 6  # strokes are thickened at this many pixels to one of the 28 x 28
-MIN_STROKE = 2.2  # px of 28: thinner strokes are thickened to this, about what MNIST's pens drew
+MIN_STROKE = 2.3  # px of 28: thinner strokes are thickened to this, about what MNIST's pens drew
 MIN_CONTRAST = 0.12  # ink absorbs at least this share of the paper's light; less is a blank sheet
 
 
-@functools.cache
 def pillow() -> ModuleType:
-    """Pillow's Image module, imported on first use; its warnings are off, for what they say is raised here."""
-    import warnings
-
+    """Pillow's Image module, imported where it is first needed."""
     from PIL import Image
 
-    warnings.filterwarnings("ignore", module=r"PIL\.")
     return Image
 
 
@@ -1687,6 +1685,8 @@ def read_picture(path: Path) -> np.ndarray:
     Of an animation the first frame is read. Raises ValueError, in one line that does not name the path, where the
     picture cannot be read: missing, empty, truncated, no picture, or more than MAX_PIXELS.
     """
+    # What Pillow warns of is raised here, or harmless. No catch_warnings: threads would undo one another's filters.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     image_module = pillow()
     if not path.is_file():
         raise ValueError("is no file" if path.exists() else "no such file")
@@ -1707,24 +1707,32 @@ def read_picture(path: Path) -> np.ndarray:
         raise ValueError(f"damaged picture: {' '.join(reason.split())}") from error
 
 
-def grey_levels(image) -> np.ndarray:  # noqa: ANN001
-    """Decode an opened Pillow image of any mode: float32 (height, width) in [0, 1]; whatever Pillow raises."""
+def grey_levels(image: Image) -> np.ndarray:
+    """Decode an opened Pillow image of any mode: float32 (height, width) in [0, 1]. Raises whatever Pillow raises."""
     from PIL import ImageOps
 
     image.draft("L", (MAX_SIDE, MAX_SIDE))  # JPEG only: decodes at 1/2, 1/4 or 1/8 of the size, in grey
     image.load()
     deep = image.mode.startswith(("I", "F"))  # 16 or 32 bits; converting these to "L" would clip, not scale
+    if image.mode in ("L", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:  # no others can be shrunk yet
+        image.thumbnail((MAX_SIDE, MAX_SIDE), reducing_gap=2.0)
     grey = image.convert("F" if deep else "LA" if image.has_transparency_data else "L")
     grey.thumbnail((MAX_SIDE, MAX_SIDE), reducing_gap=2.0)
     grey = ImageOps.exif_transpose(grey)
-    if deep:
-        levels = np.nan_to_num(np.asarray(grey, np.float32), posinf=0, neginf=0).clip(0)
-        white = 65535 if image.mode.startswith("I;16") or levels.max() > 255 else 255 if levels.max() > 1 else 1
-        return (levels / max(white, levels.max())).astype(np.float32)
-    levels = np.asarray(grey, np.float32) / 255
+    levels = np.asarray(grey, np.float32)
     if grey.mode == "LA":  # on white
-        levels = 1 - (1 - levels[..., 0]) * levels[..., 1]
-    return levels
+        return 1 - (1 - levels[..., 0] / 255) * levels[..., 1] / 255
+    if not deep:
+        return levels / 255
+    levels = np.nan_to_num(levels, posinf=0, neginf=0).clip(0)
+    brightest = levels.max()  # a TIFF does not say which of its numbers is white
+    white = 65535 if image.mode.startswith("I;16") or brightest > 255 else 255 if brightest > 1 else 1
+    return levels / np.float32(max(white, brightest))
+
+
+def scaled(levels: np.ndarray, long_side: float) -> np.ndarray:
+    """A float32 copy of a 2-D array with a long side of so many pixels, proportions kept."""
+    return resized(levels, *(max(1, round(side * long_side / max(levels.shape))) for side in levels.shape))
 
 
 def resized(levels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -1732,10 +1740,19 @@ def resized(levels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(pillow().fromarray(levels).resize((width, height), pillow().Resampling.BILINEAR))
 
 
-def coarse(levels: np.ndarray, longest: int = COARSE_SIDE) -> np.ndarray:
-    """A copy with a long side of at most `longest`: noise and thin strokes fade, light and paper stay."""
-    scale = min(1, longest / max(levels.shape))
-    return resized(levels, *(max(1, round(side * scale)) for side in levels.shape))
+def coarse(levels: np.ndarray) -> np.ndarray:
+    """A copy with a long side of at most COARSE_SIDE: noise and thin strokes fade, light and paper stay."""
+    return scaled(levels, min(COARSE_SIDE, max(levels.shape)))
+
+
+def border_of(levels: np.ndarray) -> np.ndarray:
+    """The outermost rows and columns of a 2-D array, as one row."""
+    return np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+
+
+def hugs_border(labels: np.ndarray, count: int) -> np.ndarray:
+    """Which of the parts 1..count lie along the picture's border, as a table's edge does: bool (count,)."""
+    return np.bincount(border_of(labels), minlength=count + 1)[1:] > 0.3 * min(labels.shape)
 
 
 def ink_is_dark(grey: np.ndarray) -> bool:
@@ -1747,9 +1764,8 @@ def ink_is_dark(grey: np.ndarray) -> bool:
     from scipy import ndimage
 
     small = coarse(grey).astype(np.float64)
-    border = np.concatenate([small[0], small[-1], small[:, 0], small[:, -1]])
-    paper = np.median(np.concatenate([small.ravel(), np.resize(border, small.size)]))
-    blurred = ndimage.gaussian_filter(small, max(1.5, max(small.shape) / 32))
+    paper = np.median(np.concatenate([small.ravel(), np.resize(border_of(small), small.size)]))
+    blurred = ndimage.gaussian_filter(small, max(1.5, max(small.shape) / 24))
     skews = [(a * a * a).mean() / ((a * a).mean() ** 1.5 + 1e-9) for a in (small - paper, small - blurred)]
     return sum(skews) <= 0
 
@@ -1757,31 +1773,37 @@ def ink_is_dark(grey: np.ndarray) -> bool:
 def paper_under(dark: np.ndarray) -> np.ndarray:
     """Estimate the bare paper's brightness everywhere, in a picture with dark ink: float32, same shape.
 
-    A closing fills dark things narrower than its window with the paper around them. A narrow window follows the light
-    but leaves thick strokes; a wide one fills those, and shadows too. So what is left of strokes is first painted
-    over: dark things that are either too deep for a shadow or sharp-edged and clear of the picture's border.
+    A closing fills dark things narrower than its window with the paper around them. A narrow window follows the light,
+    but leaves thick strokes; these are painted over with the nearest paper first.
     """
     from scipy import ndimage
 
     small = coarse(dark)
-    side = max(small.shape)
-    narrow = 9
-    closed = ndimage.grey_closing(small, size=narrow)
-    paper = ndimage.grey_closing(closed, size=max(narrow, side // 2))
+    closed = ndimage.grey_closing(small, size=NARROW)
+    thick = thick_strokes(closed)
+    if thick.any() and not thick.all():
+        nearest = ndimage.distance_transform_edt(thick, return_distances=False, return_indices=True)
+        closed = ndimage.grey_closing(small[tuple(nearest)], size=NARROW)
+    return resized(ndimage.gaussian_filter(closed, max(small.shape) / 100), *dark.shape)
+
+
+def thick_strokes(closed: np.ndarray) -> np.ndarray:
+    """Mark what is ink among the dark things of a small picture without its thin strokes: bool, same shape.
+
+    A closing with a wide window fills thick strokes, but shadows too. Ink is what is deeper than a shadow, or has
+    sharp edges and does not hug the border.
+    """
+    from scipy import ndimage
+
+    paper = ndimage.grey_closing(closed, size=max(NARROW, max(closed.shape) // 2))
     depth = (paper - closed) / np.maximum(paper, 0.1)
     labels, count = ndimage.label(depth > 0.1)
-    index = np.arange(1, count + 1)
+    parts = np.arange(1, count + 1)
     outline = np.where(ndimage.binary_erosion(labels > 0, border_value=1), 0, labels)
-    steps = ndimage.mean(ndimage.morphological_gradient(closed, 3), outline, index)
-    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    clear = np.bincount(border, minlength=count + 1)[1:] < 0.3 * min(small.shape)
-    sharp = np.asarray(steps) > 0.4 * np.asarray(ndimage.mean(depth, labels, index))
-    marked = (depth > 0.5) | np.concatenate([[False], sharp & clear])[labels]
-    marked = ndimage.binary_dilation(marked, iterations=max(1, side // 50))
-    if marked.any() and not marked.all():
-        nearest = ndimage.distance_transform_edt(marked, return_distances=False, return_indices=True)
-        closed = ndimage.grey_closing(small[tuple(nearest)], size=narrow)
-    return resized(ndimage.gaussian_filter(closed, side / 100), *dark.shape)
+    steps = np.asarray(ndimage.mean(ndimage.morphological_gradient(closed, 3), outline, parts))
+    sharp = steps > 0.4 * np.asarray(ndimage.mean(depth, labels, parts))
+    ink = (depth > 0.5) | np.concatenate([[False], sharp & ~hugs_border(labels, count)])[labels]
+    return ndimage.binary_dilation(ink, iterations=2)
 
 
 def without_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
@@ -1794,7 +1816,7 @@ def without_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
 
     height, width = ink.shape
     inked = ndimage.binary_dilation(ink > blank, np.ones((3, 1)))
-    if min(ink.shape) < 64 or inked.any(0).mean() < 0.6 or inked.mean() > 0.5:  # nothing crosses it, or no drawing
+    if min(ink.shape) < 64 or inked.any(0).mean() < 0.8 or inked.mean() > 0.5:  # nothing crosses it, or no drawing
         return ink
 
     def line_of(rows: np.ndarray, columns: np.ndarray, slope: float) -> np.ndarray:
@@ -1823,18 +1845,13 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
     dark = grey if ink_is_dark(grey) else 1 - grey
     paper = paper_under(dark)
     ink = (paper - dark) / np.maximum(paper, 0.25)  # the share of light absorbed: the same in light and shade
-    low, middle = np.quantile(ink, [0.05, 0.25])  # all paper, unless the picture is mostly ink
-    noise = middle - low
-    blank = max(MIN_CONTRAST / 2, middle + 6 * noise)
+    low, middle = np.quantile(ink, [0.2, 0.4])  # both are paper, unless the picture is mostly ink
+    blank = max(MIN_CONTRAST / 2, middle + 9 * (middle - low))  # what noise does not reach
     ink = without_ruled_lines(without_ruled_lines(ink, blank).T, blank).T
-    labels, count = ndimage.label(ink > blank, np.ones((3, 3)))
-    if count == 0:
-        return np.zeros_like(ink)
-    kept = parts_of_the_drawing(ink, labels, count)
+    kept = parts_of_the_drawing(ink, *ndimage.label(ink > blank, np.ones((3, 3))))
     full = np.quantile(ink[kept], 0.75) if kept.any() else 0
-    if full < MIN_CONTRAST * np.sqrt(
-        COARSE_SIDE / min(COARSE_SIDE, max(ink.shape))
-    ):  # small pictures blur light and ink
+    faintest = MIN_CONTRAST * np.sqrt(max(1, COARSE_SIDE / max(ink.shape)))  # light is less even in a tiny picture
+    if full < faintest:
         return np.zeros_like(ink)
     drawn = ndimage.binary_propagation(kept & (ink > 0.5 * full), mask=ink > max(0.25 * full, blank))
     drawn = ndimage.binary_dilation(drawn, np.ones((3, 3)))  # with the soft edges of its strokes
@@ -1844,30 +1861,28 @@ def find_ink(grey: np.ndarray) -> np.ndarray:
 def parts_of_the_drawing(ink: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     """Choose the connected parts that belong to the drawing: a bool mask. labels: int, 0 paper, 1..count the parts.
 
-    Dropped are things that hug the border (a table's edge), when something else is there, and specks: parts that are
-    small, or small and far from the drawing. When that would drop most of the ink the picture is no drawing but a
-    texture, and stays one.
+    Dropped are things that hug the border when something else is there, and specks: tiny parts, and small ones far
+    from the large. When that would drop most of the ink, the picture is no drawing but a texture, and stays one.
     """
     from scipy import ndimage
 
-    area = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    mass = np.bincount(labels.ravel(), ink.ravel(), minlength=count + 1)[1:]
-    boxes = np.array([[r.start, r.stop, c.start, c.stop] for r, c in ndimage.find_objects(labels)])
-    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    touching = np.bincount(border, minlength=count + 1)[1:]
-    hugging = touching > 0.3 * min(ink.shape)
-    extent = np.maximum(boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2])
-    if extent[~hugging].max(initial=0) > 0.1 * min(ink.shape):
+    nothing = np.zeros(labels.shape, bool)
+    if count == 0:
+        return nothing
+    area = np.bincount(labels.ravel())[1:]
+    mass = np.bincount(labels.ravel(), ink.ravel())[1:]
+    boxes = np.array([[r.start, c.start, r.stop, c.stop] for r, c in ndimage.find_objects(labels)])
+    starts, stops = boxes[:, :2], boxes[:, 2:]
+    extent = (stops - starts).max(1)
+    if extent.max() < max(4, 0.05 * max(ink.shape)):  # dust or noise, on a blank sheet
+        return nothing
+    hugging = hugs_border(labels, count)
+    if (~hugging & (extent > max(4, 0.1 * min(ink.shape))) & (mass > 0.005 * mass.max())).any():
         mass = np.where(hugging, 0, mass)
-    if extent.max() < max(4, 0.03 * max(ink.shape)):  # dust or noise, on a blank sheet
-        return np.zeros(labels.shape, bool)
     large = mass > 0.15 * mass.max()
-    top, bottom, left, right = boxes[large].T
-    top, bottom, left, right = top.min(), bottom.max(), left.min(), right.max()
-    size = max(bottom - top, right - left)
-    gap_down = np.maximum(top - boxes[:, 1], boxes[:, 0] - bottom)
-    gap_across = np.maximum(left - boxes[:, 3], boxes[:, 2] - right)
-    near = np.maximum(gap_down, gap_across) < 0.3 * size
+    top_left, bottom_right = starts[large].min(0), stops[large].max(0)
+    gap = np.maximum(top_left - stops, starts - bottom_right).max(1)
+    near = gap < 0.5 * (bottom_right - top_left).max()
     kept = large | (near & (mass > 0.01 * mass.max()) & (area > 2))
     if mass[kept].sum() < 0.5 * mass.sum():
         kept = mass > 0
@@ -1877,7 +1892,7 @@ def parts_of_the_drawing(ink: np.ndarray, labels: np.ndarray, count: int) -> np.
 def picture_to_digit(grey: np.ndarray) -> np.ndarray:
     """Make of a grey picture what MNIST would have made of it: uint8 (28, 28), light on black; all 0 if blank."""
     ink = find_ink(grey)
-    rows, columns = np.flatnonzero((ink > 0.3).any(1)), np.flatnonzero((ink > 0.3).any(0))
+    rows, columns = np.flatnonzero((ink > 0.15).any(1)), np.flatnonzero((ink > 0.15).any(0))
     if rows.size == 0:
         return np.zeros((DIGIT_SIDE, DIGIT_SIDE), np.uint8)
     drawn = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -1894,31 +1909,34 @@ def stroke_width(ink: np.ndarray) -> float:
 
 
 def fitted(drawn: np.ndarray) -> np.ndarray:
-    """Scale cropped ink into the 20 x 20 box, proportions kept, strokes at least MIN_STROKE wide: at most (20, 20)."""
+    """Scale cropped ink so that it fills a 20 x 20 box, proportions kept, with no stroke thinner than MIN_STROKE.
+
+    Returns float (height, width) in [0, 1]; around thickened ink there are a few empty rows and columns.
+    """
     from scipy import ndimage
 
-    def scaled_to(box: float, fine: int) -> np.ndarray:
-        scale = box * fine / max(drawn.shape)
-        return resized(drawn, *(max(1, round(side * scale)) for side in drawn.shape))
-
-    thin = MIN_STROKE - stroke_width(scaled_to(BOX_SIDE, FINE)) / FINE
-    if thin <= 0:
-        return scaled_to(BOX_SIDE, 1)
-    reach = thin / 2 * FINE
-    fine = np.pad(scaled_to(BOX_SIDE - thin, FINE), FINE * 2)
-    distance = ndimage.distance_transform_edt(fine < 0.5)
-    fine = np.maximum(fine, np.clip(reach + 1 - distance, 0, 1))
-    height, width = (-(-side // FINE) for side in fine.shape)
-    fine = np.pad(fine, ((0, height * FINE - fine.shape[0]), (0, width * FINE - fine.shape[1])))
-    return fine.reshape(height, FINE, width, FINE).mean((1, 3))
+    if max(drawn.shape) == BOX_SIDE:  # as MNIST's own are: left as it is
+        return drawn
+    shrunk = max(drawn.shape) // (BOX_SIDE * FINE)
+    if shrunk > 1:  # a hair-thin stroke would fade away: let it fill one fine pixel
+        drawn = ndimage.grey_dilation(drawn, size=(shrunk, shrunk))
+    missing = MIN_STROKE - stroke_width(scaled(drawn, BOX_SIDE * FINE)) / FINE  # px of 28
+    if missing <= 0:
+        return scaled(drawn, BOX_SIDE)
+    fine = np.pad(scaled(drawn, (BOX_SIDE - missing) * FINE), 2 * FINE)
+    outside = ndimage.distance_transform_edt(fine < 0.5)
+    fine = np.maximum(fine, np.clip(FINE * missing / 2 + 1 - outside, 0, 1))
+    fine = np.pad(fine, [(0, -side % FINE) for side in fine.shape])
+    height, width = fine.shape
+    return fine.reshape(height // FINE, FINE, width // FINE, FINE).mean((1, 3))
 
 
 def centred_by_mass(box: np.ndarray) -> np.ndarray:
-    """Place ink with its centre of mass in the middle of 28 x 28: uint8."""
+    """Place ink with its centre of mass at pixel (14, 14) of 28 x 28, where MNIST has it to half a pixel: uint8."""
     from scipy import ndimage
 
     canvas = np.zeros((3 * DIGIT_SIDE, 3 * DIGIT_SIDE))
-    row, column = (round(DIGIT_SIDE * 1.5 - 0.5 - centre) for centre in ndimage.center_of_mass(box))
+    row, column = (round(DIGIT_SIDE * 1.5 - centre) for centre in ndimage.center_of_mass(box))
     canvas[row : row + box.shape[0], column : column + box.shape[1]] = box
     middle = slice(DIGIT_SIDE, 2 * DIGIT_SIDE)
     return np.round(255 * canvas[middle, middle].clip(0, 1)).astype(np.uint8)
@@ -2895,7 +2913,7 @@ def write_external_plot(path: Path, pictures: Sequence[Path], predictions: Seque
     shown = [pair for pair in zip(pictures, predictions, strict=True) if pair[1] is not None][:40]
     greys = [read_picture(file) for file, _ in shown]
     digits = [picture_to_digit(grey) for grey in greys]
-    thumbnails = [coarse(grey, 200) for grey in greys]
+    thumbnails = [scaled(grey, 200) for grey in greys]
     plot_external_predictions(path, [file.name for file, _ in shown], thumbnails, digits, [each for _, each in shown])
 
 

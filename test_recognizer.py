@@ -21,13 +21,18 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
 import mnist_digit_recognizer as program
 
@@ -1249,3 +1254,356 @@ def test_default_model_stands_bad_light(default_run: Run) -> None:
         for name, images in corrupted(digits.test_images[:2000]).items()
     }
     assert np.mean(list(accuracy.values())) >= 0.97, accuracy
+
+
+# Pictures: drawing and photographing them
+
+# strokes in a unit box, x to the right, y down
+STROKES = {
+    "0": [[(0.5, 0), (0.1, 0.3), (0.1, 0.7), (0.5, 1), (0.9, 0.7), (0.9, 0.3), (0.5, 0)]],
+    "1": [[(0.5, 0), (0.5, 1)]],
+    "4": [[(0.3, 0), (0.1, 0.55), (0.95, 0.55)], [(0.7, 0.1), (0.7, 1)]],
+    "4 apart": [[(0.1, 0), (0.1, 0.5), (0.55, 0.5)], [(0.8, 0.1), (0.8, 1)]],
+    "5 apart": [[(0.3, 0.12), (0.25, 0.45), (0.8, 0.5), (0.8, 0.9), (0.1, 1)], [(0.45, 0), (0.95, 0)]],
+    "7": [[(0.1, 0.1), (0.9, 0.05), (0.4, 1)]],
+    "i": [[(0.5, 0.35), (0.5, 1)], [(0.5, 0.0), (0.5, 0.06)]],
+    "=": [[(0, 0.3), (1, 0.3)], [(0, 0.7), (1, 0.7)]],
+}
+
+
+def drawing(
+    name: str,
+    shape: tuple[int, int] = (300, 400),
+    size: int = 200,
+    pen: float = 16,
+    corner: tuple[int, int] | None = None,
+    angle: float = 0,
+) -> np.ndarray:
+    """Draw strokes: float (height, width), 1 where there is ink; anti-aliased."""
+    height, width = shape
+    top, left = corner or ((height - size) // 2, (width - size) // 2)
+    turn = np.deg2rad(angle)
+    canvas = Image.new("L", (4 * width, 4 * height))
+    pencil = ImageDraw.Draw(canvas)
+    for stroke in STROKES[name]:
+        x, y = (np.array(stroke) - 0.5).T
+        x, y = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
+        points = [(4 * (left + size * (0.5 + a)), 4 * (top + size * (0.5 + b))) for a, b in zip(x, y, strict=True)]
+        pencil.line(points, fill=255, width=round(4 * pen), joint="curve")
+        for a, b in points:
+            pencil.ellipse([a - 2 * pen, b - 2 * pen, a + 2 * pen, b + 2 * pen], fill=255)
+    return np.asarray(canvas.resize((width, height), Image.Resampling.BOX)) / 255
+
+
+def light(shape: tuple[int, int], rng: np.random.Generator, depth: float = 0.4) -> np.ndarray:
+    """Uneven light: float (height, width), a slope and soft blobs, between 1 - depth and 1."""
+    height, width = shape
+    blobs = Image.fromarray(rng.random((3, 3)).astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    slope = np.linspace(0, 1, width)[None] * rng.uniform(0.3, 1) + np.linspace(0, 1, height)[:, None]
+    return 1 - depth * (0.6 * slope / slope.max() + 0.4 * np.clip(blobs, 0, 1))
+
+
+def photograph(
+    ink: np.ndarray,
+    rng: np.random.Generator,
+    paper: tuple[float, ...] = (0.9, 0.88, 0.8),
+    pen: tuple[float, ...] = (0.1, 0.12, 0.4),
+    depth: float = 0.4,
+    noise: float = 0.01,
+    shade: np.ndarray | float = 1.0,
+) -> np.ndarray:
+    """Photograph ink on paper: uint8 (height, width, 3). ink: float (height, width); shade: a factor on the light."""
+    colours = np.array(paper) * (1 - ink[..., None]) + np.array(pen) * ink[..., None]
+    lit = ndimage.gaussian_filter(colours * (light(ink.shape, rng, depth) * shade)[..., None], (0.7, 0.7, 0))
+    return (255 * np.clip(lit + rng.normal(0, noise, lit.shape), 0, 1)).astype(np.uint8)
+
+
+def saved(folder: Path, levels: np.ndarray | Image.Image, ending: str = "jpg", **options: Any) -> np.ndarray:
+    """Save uint8 levels, or a Pillow image, and read it back as the program would: float32 (height, width)."""
+    path = folder / f"picture.{ending}"
+    (levels if isinstance(levels, Image.Image) else Image.fromarray(levels)).save(path, **options)
+    return program.read_picture(path)
+
+
+def box_of(digit: np.ndarray, above: float = 60) -> tuple[int, int, int, int]:
+    """The rows and columns that ink spans: (top, bottom, left, right), ends included."""
+    rows, columns = np.flatnonzero((digit > above).any(1)), np.flatnonzero((digit > above).any(0))
+    return rows[0], rows[-1], columns[0], columns[-1]
+
+
+def likeness(one: np.ndarray, other: np.ndarray) -> float:
+    """The correlation of two digits, slightly blurred, where shifted by a pixel they fit best: at most 1."""
+    one, other = (ndimage.gaussian_filter(digit.astype(float), 1) for digit in (one, other))
+    if not (one.any() and other.any()):
+        return 0.0
+    shifts = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return max(np.corrcoef(np.roll(one, shift, (0, 1)).ravel(), other.ravel())[0, 1] for shift in shifts)
+
+
+def clean(name: str, angle: float = 0, pen: float = 16) -> np.ndarray:
+    """The digit made of a clean drawing, which every photograph of it should come close to."""
+    return program.picture_to_digit((1 - drawing(name, angle=angle, pen=pen)).astype(np.float32))
+
+
+# Pictures: reading
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "gif", "webp", "tiff"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_formats_and_modes_read_alike(tmp_path: Path, ending: str, mode: str) -> None:
+    if (mode == "CMYK" and ending not in ("jpg", "tiff")) or (mode in ("1", "P") and ending in ("jpg", "webp")):
+        pytest.skip("the format has no such mode")
+    wanted = 1 - drawing("4")
+    image = Image.fromarray((255 * wanted).astype(np.uint8)).convert("RGB").convert(mode)
+    levels = saved(tmp_path, image, ending)
+    assert levels.dtype == np.float32
+    assert levels.shape == wanted.shape
+    assert np.abs(levels - wanted).mean() < 0.02
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, ending: str) -> None:
+    wanted = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    assert np.allclose(saved(tmp_path, (65535 * wanted).astype(np.uint16), ending), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1, 255, 65535])
+def test_floats_and_long_integers(tmp_path: Path, scale: int) -> None:
+    wanted = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    assert np.allclose(saved(tmp_path, (scale * wanted).astype(np.float32), "tiff"), wanted, atol=1e-3)
+    if scale > 1:
+        assert np.allclose(saved(tmp_path, (scale * wanted).astype(np.int32), "tiff"), wanted, atol=1e-2)
+
+
+def test_transparent_is_white(tmp_path: Path) -> None:
+    ink = (255 * drawing("4")).astype(np.uint8)
+    rgba = np.dstack([np.zeros_like(ink)] * 3 + [ink])
+    assert np.abs(saved(tmp_path, rgba, "png") - (1 - ink / 255)).max() < 0.01
+    palette = Image.fromarray(ink).point(lambda level: level > 127 and 255).convert("P")
+    assert saved(tmp_path, palette, "gif", transparency=0)[0, 0] == 1
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
+def test_exif_orientation(tmp_path: Path, ending: str) -> None:
+    image = Image.fromarray((255 * (1 - drawing("7"))).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn by 270 degrees
+    lying = image.transpose(Image.Transpose.ROTATE_90)
+    options = {"compression": "tiff_lzw"} if ending == "tiff" else {}  # Pillow 13 garbles raw TIFFs that lie on a side
+    assert np.abs(saved(tmp_path, lying, ending, exif=exif, **options) - np.asarray(image) / 255).mean() < 0.02
+
+
+def test_first_frame_and_long_side(tmp_path: Path) -> None:
+    frames = [Image.new("L", (2400, 30), level) for level in (255, 0)]
+    levels = saved(tmp_path, frames[0], "gif", save_all=True, append_images=frames[1:])
+    assert levels.min() == 1
+    assert max(levels.shape) <= program.MAX_SIDE
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "gif", "webp", "tiff"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_truncated_is_an_error(tmp_path: Path, ending: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    path = tmp_path / f"cut.{ending}"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError):
+        program.read_picture(path)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of so many pixels that holds almost none of them."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+@pytest.mark.parametrize("size", [(100_000, 100_000), (10_000, 10_001), (2**31 - 1, 2**31 - 1)])
+def test_bombs_are_refused(tmp_path: Path, size: tuple[int, int], capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(*size))
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match="megapixels"):
+        program.read_picture(path)
+    assert not caught
+    assert capfd.readouterr() == ("", "")
+
+
+def test_unreadable_files_say_why(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no picture")
+    for name, why in [("missing", "no such"), (".", "no file"), ("empty.png", "empty"), ("text.png", "not a picture")]:
+        with pytest.raises(ValueError, match=why) as caught:
+            program.read_picture(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "gif", "webp", "tiff"])
+def test_damaged_bytes_raise_value_errors_only(tmp_path: Path, ending: str, capfd: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1)
+    path = tmp_path / f"hurt.{ending}"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    options = {} if ending in ("bmp", "gif") else {"exif": exif}
+    Image.fromarray(rng.integers(0, 256, (20, 20), dtype=np.uint8)).save(path, **options)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    with warnings.catch_warnings(record=True) as caught:
+        for _ in range(200):
+            hurt = whole.copy()
+            hurt[rng.integers(0, min(200, hurt.size), 4)] = rng.integers(0, 256, 4)
+            path.write_bytes(hurt.tobytes())
+            try:
+                levels = program.read_picture(path)
+            except ValueError as error:
+                assert "\n" not in str(error)
+                assert str(tmp_path) not in str(error)
+            else:
+                assert levels.ndim == 2
+                assert np.isfinite(levels).all()
+                assert 0 <= levels.min() <= levels.max() <= 1
+    assert not caught
+    assert capfd.readouterr() == ("", "")
+
+
+# Pictures: geometry
+
+
+@pytest.mark.parametrize("name", list(STROKES))
+@pytest.mark.parametrize("pen", [1.5, 6, 16, 32])
+@pytest.mark.parametrize("sign", ["dark on light", "light on dark"])
+def test_box_centre_and_stroke(name: str, pen: float, sign: str) -> None:
+    ink = drawing(name, (600, 800), 300, pen, corner=(20, 430)).astype(np.float32)
+    digit = program.picture_to_digit(1 - ink if sign == "dark on light" else ink)
+    top, bottom, left, right = box_of(digit, 20)
+    assert digit.dtype == np.uint8
+    assert digit.shape == (28, 28)
+    assert 18 <= max(bottom - top, right - left) + 1 <= 21
+    assert np.abs(np.array(ndimage.center_of_mass(digit)) - 14).max() < 0.6
+    assert digit.max() > 200
+    large = ndimage.zoom(digit / 255, 8, order=1)
+    assert program.stroke_width(large) / 8 > 1.7
+
+
+def test_an_mnist_image_stays_as_it_is() -> None:
+    ink = drawing("4", (28, 28), 17.5, 2.6, corner=(5, 5)).astype(np.float32)
+    once = program.picture_to_digit(ink)
+    assert np.abs(once / 255.0 - program.picture_to_digit(1 - ink) / 255.0).max() < 0.02
+    assert np.abs(program.picture_to_digit(once / np.float32(255)) / 255.0 - once / 255.0).mean() < 0.015
+
+
+@pytest.mark.parametrize("side", [8, 12, 16, 28, 60])
+def test_small_pictures_touching_their_border(side: int) -> None:
+    ink = drawing("7", (side, side), side * 0.9, side / 8).astype(np.float32)
+    for levels in (ink, 1 - ink):
+        assert likeness(program.picture_to_digit(levels), clean("7", pen=22)) > 0.85
+
+
+@pytest.mark.parametrize("name", ["4 apart", "5 apart", "i", "="])
+@pytest.mark.parametrize("pen", [3, 10, 20])
+def test_parts_are_kept(name: str, pen: float) -> None:
+    ink = program.find_ink((1 - drawing(name, (600, 800), 360, pen)).astype(np.float32))
+    assert ndimage.label(ink > 0.3, np.ones((3, 3)))[1] == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_specks_are_dropped(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ink = drawing("7")
+    specks = np.zeros_like(ink)
+    specks[rng.integers(0, 300, 20), rng.integers(0, 400, 20)] = 1
+    dusty = np.maximum(ink, ndimage.grey_dilation(specks, size=(2, 2)))
+    assert likeness(program.picture_to_digit((1 - dusty).astype(np.float32)), clean("7")) > 0.99
+
+
+# Pictures: photographs
+
+PENS = {"blue": (0.1, 0.15, 0.5), "black": (0.05, 0.05, 0.05), "red": (0.6, 0.1, 0.1), "pencil": (0.55, 0.55, 0.55)}
+PAPERS = {"white": (0.98, 0.98, 0.97), "cream": (0.95, 0.92, 0.8), "grey": (0.72, 0.72, 0.71)}
+
+
+@pytest.mark.parametrize("colour", list(PENS))
+@pytest.mark.parametrize("paper", list(PAPERS))
+@pytest.mark.parametrize("pen", [5, 16, 48])
+def test_photographed_paper(tmp_path: Path, colour: str, paper: str, pen: float) -> None:
+    rng = np.random.default_rng(pen)
+    angle = rng.uniform(-15, 15)
+    ink = drawing("7", (600, 800), 400, 2 * pen, angle=angle) if pen > 40 else drawing("7", pen=pen, angle=angle)
+    grey = saved(tmp_path, photograph(ink, rng, PAPERS[paper], PENS[colour]), quality=int(rng.integers(50, 95)))
+    assert likeness(program.picture_to_digit(grey), program.picture_to_digit(np.float32(1 - ink))) > 0.93
+
+
+@pytest.mark.parametrize("name", ["0", "4", "7"])
+def test_chalk_on_a_board(tmp_path: Path, name: str) -> None:
+    rng = np.random.default_rng(1)
+    grey = saved(tmp_path, photograph(drawing(name), rng, (0.12, 0.25, 0.18), (0.9, 0.9, 0.88)))
+    assert likeness(program.picture_to_digit(grey), clean(name)) > 0.95
+
+
+@pytest.mark.parametrize("softness", [4, 15])
+@pytest.mark.parametrize("name", ["0", "4", "7"])
+def test_shadow_across_the_digit(tmp_path: Path, name: str, softness: float) -> None:
+    across = np.arange(400)[None] + 0.4 * np.arange(300)[:, None] - 260
+    shade = 1 - 0.35 / (1 + np.exp(-across / softness))
+    grey = saved(tmp_path, photograph(drawing(name), np.random.default_rng(2), depth=0.2, shade=shade))
+    assert likeness(program.picture_to_digit(grey), clean(name)) > 0.93
+
+
+@pytest.mark.parametrize("edge", ["left", "right", "top", "bottom"])
+def test_dark_edge_of_the_table(tmp_path: Path, edge: str) -> None:
+    photo = photograph(drawing("4", size=150), np.random.default_rng(3))
+    turns = {"left": 0, "top": 1, "right": 2, "bottom": 3}[edge]
+    turned = np.rot90(photo, turns).copy()
+    turned[:, :25] = (60, 40, 25)
+    grey = saved(tmp_path, np.rot90(turned, -turns).copy())
+    assert likeness(program.picture_to_digit(grey), clean("4", pen=21)) > 0.93
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("tilt", [0, 0.03])
+def test_ruled_lines_are_removed(tmp_path: Path, squared: bool, tilt: float) -> None:
+    rows, columns = np.indices((600, 800))
+    lines = (rows - tilt * columns) % 70 < 3
+    lines |= squared & ((columns + tilt * rows) % 70 < 3)
+    ink = drawing("7", (600, 800), 350, 18)
+    photo = photograph(np.maximum(ink, 0.45 * lines), np.random.default_rng(4), depth=0.2)
+    digit = program.picture_to_digit(saved(tmp_path, photo))
+    assert likeness(digit, program.picture_to_digit(np.float32(1 - ink))) > 0.93
+
+
+# Pictures: no digit
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (28, 28), (200, 200), (600, 800), (5, 900)])
+@pytest.mark.parametrize("level", [0, 6, 90, 200, 255])
+def test_blank_pictures_have_no_ink(tmp_path: Path, shape: tuple[int, int], level: int) -> None:
+    grey = saved(tmp_path, np.full((*shape, 3), (level, level // 2, level), np.uint8), quality=40)
+    assert not program.find_ink(grey).any()
+    assert not program.picture_to_digit(grey).any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("shape", [(200, 200), (600, 800)])
+def test_blank_paper_has_no_ink(tmp_path: Path, seed: int, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(seed)
+    photo = photograph(np.zeros(shape), rng, noise=rng.uniform(0, 0.05))
+    assert not program.picture_to_digit(saved(tmp_path, photo, quality=int(rng.integers(30, 95)))).any()
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (64, 64), (200, 200)])
+def test_noise_is_not_denoised_into_strokes(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(5)
+    for noise in (rng.random(shape), rng.normal(0.5, 0.2, shape).clip(0, 1), (rng.random(shape) < 0.5)):
+        digit = program.picture_to_digit(noise.astype(np.float32))
+        strokes = np.bincount(ndimage.label(digit > 100)[0].ravel())[1:]
+        assert not digit.any() or len(strokes) > 4 or (digit > 60).sum() > 250
+
+
+def test_speed_of_small_files(tmp_path: Path) -> None:
+    for number in range(40):
+        Image.fromarray((255 * drawing("4", (28, 28), 17, 2.5)).astype(np.uint8)).save(tmp_path / f"{number}.png")
+    with ThreadPoolExecutor(2) as pool:
+        digits = list(pool.map(lambda path: program.picture_to_digit(program.read_picture(path)), tmp_path.iterdir()))
+    assert all(np.array_equal(digits[0], digit) for digit in digits)
