@@ -341,7 +341,6 @@ def import_tensorflow() -> None:
 # Data: a source -> Digits
 # ---------------------------------------------------------------------------------------------------------------------
 
-ESCAPES = {9: "\\t", 10: "\\n", 13: "\\r"}  # so that a strange file name cannot add columns or lines
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 IDX_NAMES = ("train-images", "train-labels", "t10k-images", "t10k-labels")  # in the order of NPZ_KEYS
 ACCEPTED_SHARE = 0.995  # of the validation digits are above the rejection threshold
@@ -2902,10 +2901,16 @@ def run_prediction(config: Config) -> int:
 def external_row(path: Path, prediction: Prediction | None) -> list[str]:
     """A row of external_predictions.csv."""
     if prediction is None:
-        return [str(path), "", "", "", "unreadable", *[""] * 10]
+        return [printable(path), "", "", "", "unreadable", *[""] * 10]
     numbers = [f"{probability:.6f}" for probability in prediction.probabilities]
     digit, confidence, score = str(prediction.digit), f"{prediction.confidence:.4f}", f"{prediction.score:.4f}"
-    return [str(path), digit, confidence, score, prediction.verdict, *numbers]
+    return [printable(path), digit, confidence, score, prediction.verdict, *numbers]
+
+
+def printable(path: Path) -> str:
+    """A path in which control characters and broken encodings are escaped, so that it cannot add columns or lines."""
+    text = str(path).encode("utf-8", "backslashreplace").decode()
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def write_external_plot(path: Path, pictures: Sequence[Path], predictions: Sequence[Prediction | None]) -> None:
@@ -2914,7 +2919,9 @@ def write_external_plot(path: Path, pictures: Sequence[Path], predictions: Seque
     greys = [read_picture(file) for file, _ in shown]
     digits = [picture_to_digit(grey) for grey in greys]
     thumbnails = [scaled(grey, 200) for grey in greys]
-    plot_external_predictions(path, [file.name for file, _ in shown], thumbnails, digits, [each for _, each in shown])
+    plot_external_predictions(
+        path, [printable(Path(file.name)) for file, _ in shown], thumbnails, digits, [each for _, each in shown]
+    )
 
 
 def threshold_of_model(model_file: Path) -> float:
@@ -2946,7 +2953,7 @@ def predict_files(model: keras.Model, paths: Sequence[Path], threshold: float) -
                     warn(f"error: {path}: {digit}")
                 predictions.append(prediction)
                 name, best, confidence, _, verdict, *_ = external_row(path, prediction)
-                say(name.translate(ESCAPES), best, confidence, verdict)
+                say(name, best, confidence, verdict)
             if bar:
                 with contextlib.redirect_stdout(sys.stderr):
                     bar.update(len(predictions))
@@ -2987,6 +2994,7 @@ def run(config: Config) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program: returns its exit code."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show ends no run
     config = parse_config(arguments)
     try:
         with stop_on_signals():

@@ -1607,3 +1607,220 @@ def test_speed_of_small_files(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         digits = list(pool.map(lambda path: program.picture_to_digit(program.read_picture(path)), tmp_path.iterdir()))
     assert all(np.array_equal(digits[0], digit) for digit in digits)
+
+
+# Pictures: recognising them through the command line
+
+
+def save_pictures(folder: Path, images: np.ndarray, inverted: bool = False) -> Path:
+    """A PNG for each of (n, 28, 28) uint8 images, named by its number."""
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(255 - image if inverted else image).save(folder / f"{number:05d}.png")
+    return folder
+
+
+def predictions_of(out: str) -> list[list[str]]:
+    """The lines of standard output, by column."""
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert all(len(row) == 4 for row in rows)
+    return rows
+
+
+def predict(capsys: Capture, run: Run, output: Path, *paths: Path, code: int = 0) -> list[list[str]]:
+    """Recognise pictures with the model of a run: path, digit, confidence and verdict of each."""
+    model = run.folder / "model.keras"
+    result = call(capsys, "--model-file", model, "--output-dir", output, "--predict", *paths)
+    assert result[0] == code, result
+    return predictions_of(result[1])
+
+
+def test_predict_files_and_folders(trained: Run, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    """Rows come in the order of the arguments and of the names in a folder; what cannot be read stops nothing."""
+    images, labels = arrays["x_test"][:60], arrays["y_test"][:60]
+    folder = save_pictures(tmp_path / "some digits", images, inverted=True)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "broken.png").write_text("no picture")
+    Image.new("RGB", (300, 200), "white").save(tmp_path / "blank.JPG")
+    out = tmp_path / "out"
+    arguments = "--predict", tmp_path / "blank.JPG", folder, tmp_path / "missing.png"
+    code, stdout, err = call(capsys, "--model-file", trained.folder / "model.keras", "--output-dir", out, *arguments)
+    rows = predictions_of(stdout)
+    assert code == 1
+    expected = [tmp_path / "blank.JPG", *(folder / f"{number:05d}.png" for number in range(60))]
+    expected += [folder / "broken.png", tmp_path / "missing.png"]
+    assert [row[0] for row in rows] == [str(path) for path in expected]
+    assert rows[0][3] == "not-a-digit"
+    assert [row[1:] for row in rows[61:]] == [["", "", "unreadable"]] * 2
+    assert len(err.splitlines()) == 2
+    for name, line in zip(("broken.png", "missing.png"), err.splitlines(), strict=True):
+        assert name in line
+    right = np.mean([int(row[1]) == label for row, label in zip(rows[1:61], labels, strict=True)])
+    assert right > trained.metrics["test_accuracy"] - 0.1
+    assert {row[3] for row in rows[1:61]} <= {"digit", "not-a-digit"}
+
+    with open(out / "external_predictions.csv", newline="", encoding="utf-8") as stream:
+        table = list(csv.DictReader(stream))
+    assert list(table[0]) == ["path", "digit", "confidence", "score", "verdict", *(f"p{digit}" for digit in range(10))]
+    assert [row["path"] for row in table] == [row[0] for row in rows]
+    assert all(not row["digit"] and not row["score"] and not row["p0"] for row in table[61:])
+    threshold = trained.metrics["rejection_threshold"]
+    for row in table[1:61]:
+        probabilities = np.array([float(row[f"p{digit}"]) for digit in range(10)])
+        assert probabilities.sum() == pytest.approx(1, abs=1e-4)
+        assert probabilities.argmax() == int(row["digit"])
+        assert probabilities.max() == pytest.approx(float(row["confidence"]), abs=1e-3)
+        assert (float(row["score"]) >= threshold) == (row["verdict"] == "digit")
+    picture = np.asarray(Image.open(out / "external_predictions.png").convert("L"))
+    assert picture.shape[1] >= 600
+    assert len(np.unique(picture)) > 50
+    assert names(out) == {"external_predictions.csv", "external_predictions.png"}
+
+
+def test_predict_with_the_model_of_the_output_folder(earlier: Path, arrays: Arrays, capsys: Capture) -> None:
+    """The training results beside it stay as they are."""
+    before = tree(earlier)
+    folder = save_pictures(earlier.parent / "digits", arrays["x_test"][:3])
+    code, out, err = call(capsys, "--output-dir", earlier, "--no-plots", "--predict", folder / "00001.png")
+    assert (code, err) == (0, "")
+    assert [row[0] for row in predictions_of(out)] == [str(folder / "00001.png")]
+    after = tree(earlier)
+    assert after.pop("external_predictions.csv")
+    assert after == before
+
+
+def test_predict_says_what_is_missing(trained: Run, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty").mkdir()
+    model = "--model-file", trained.folder / "model.keras"
+    assert "empty" in refused(capsys, *model, "--output-dir", tmp_path / "out", "--predict", tmp_path / "empty")
+    picture = save_pictures(tmp_path / "pictures", np.zeros((1, 28, 28), np.uint8))
+    line = refused(
+        capsys, "--model-file", tmp_path / "no.keras", "--output-dir", tmp_path / "out", "--predict", picture
+    )
+    assert "no.keras" in line
+    assert names(tmp_path / "out") == set()
+
+
+def test_predict_without_the_threshold_of_the_run(
+    trained: Run, arrays: Arrays, tmp_path: Path, capsys: Capture
+) -> None:
+    """A model alone can be used; that its threshold is not known is said."""
+    (tmp_path / "alone").mkdir()
+    shutil.copy(trained.folder / "model.keras", tmp_path / "alone")
+    picture = save_pictures(tmp_path / "pictures", arrays["x_test"][:1])
+    code, out, err = call(
+        capsys, "--model-file", tmp_path / "alone/model.keras", "--output-dir", tmp_path, "--predict", picture
+    )
+    assert code == 0
+    assert len(predictions_of(out)) == 1
+    assert "threshold" in only_line(err)
+
+
+def test_strange_file_names_make_no_columns(trained: Run, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    folder = save_pictures(tmp_path / "pictures", arrays["x_test"][:1])
+    try:
+        strange = (folder / "00000.png").rename(folder / "a\tb\n$c$ \udcff.png")
+    except (OSError, UnicodeError):
+        pytest.skip("the file system has no such names")
+    [row] = predict(capsys, trained, tmp_path / "out", strange)
+    assert row[3] in ("digit", "not-a-digit")
+
+
+def blanks_and_textures(rng: np.random.Generator) -> list[np.ndarray]:
+    """Pictures without a digit, uint8 (height, width): blank, lit unevenly, noisy, striped, chequered, grainy."""
+    pictures = []
+    for side in (28, 64, 200, 400):
+        rows, columns = np.indices((side, side))
+        noise = rng.random((side, side))
+        pictures += [np.full((side, side), level) for level in (0.0, 0.5, 1.0)] + [
+            0.3 + 0.5 * columns / side + 0.02 * noise,
+            noise,
+            (noise > 0.5).astype(float),
+            rng.normal(0.5, 0.15, (side, side)),
+            0.5 + 0.4 * np.sin(columns * 2 * np.pi / (side / 7)),
+            ((rows * 8 // side + columns * 8 // side) % 2).astype(float),
+            ndimage.gaussian_filter(noise, side / 40) * 3 - 1,
+        ]
+    return [(255 * np.clip(picture, 0, 1)).astype(np.uint8) for picture in pictures]
+
+
+LOOK_ALIKES = set("OoIliSsZzBbgqG")
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Oblique",
+    "DejaVuSerif",
+    "DejaVuSansMono",
+    "STIXGeneral",
+    "STIXGeneralItalic",
+    "cmss10",
+)
+
+
+def printed_letters() -> list[np.ndarray]:
+    """The letters that are not written like a digit, in typefaces that no training image was drawn from."""
+    import matplotlib
+    from PIL import ImageFont
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    letters = []
+    for name in FONTS:
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 90)
+        for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz":
+            if letter not in LOOK_ALIKES:
+                image = Image.new("L", (200, 200), 245)
+                ImageDraw.Draw(image).text((60, 40), letter, fill=25, font=font)
+                letters.append(np.asarray(image))
+    return letters
+
+
+def area_under_curve(positive: np.ndarray, negative: np.ndarray) -> float:
+    """How often a positive scores above a negative."""
+    return float((positive[:, None] > negative).mean() + (positive[:, None] == negative).mean() / 2)
+
+
+def scores_of(folder: Path) -> np.ndarray:
+    with open(folder / "external_predictions.csv", newline="", encoding="utf-8") as stream:
+        return np.array([float(row["score"]) for row in csv.DictReader(stream)])
+
+
+@pytest.mark.slow
+@needs_mnist
+@pytest.mark.parametrize("inverted", [False, True])
+def test_mnist_as_pictures(inverted: bool, default_run: Run, tmp_path: Path, capsys: Capture) -> None:
+    """Read from PNGs, the test images give the accuracy that they have; at least 300 a second."""
+    with np.load(MNIST) as content:
+        images, labels = content["x_test"][:3000], content["y_test"][:3000]
+    folder = save_pictures(tmp_path / "mnist", images, inverted)
+    predict(capsys, default_run, tmp_path / "out", folder / "00000.png")  # what starting takes is not counted
+    started = time.perf_counter()
+    rows = predict(capsys, default_run, tmp_path / "out", folder)
+    assert len(rows) / (time.perf_counter() - started) > 300
+    right = np.mean([int(row[1]) == label for row, label in zip(rows, labels, strict=True)])
+    direct = read_table(default_run.folder / "predictions.csv")
+    assert abs(right - np.mean(direct["label"][:3000] == direct["prediction"][:3000])) <= 0.001
+
+
+@pytest.mark.slow
+@needs_mnist
+def test_what_is_no_digit(default_run: Run, tmp_path: Path, capsys: Capture) -> None:
+    """Digits drawn and photographed by the seeded painter are accepted; blanks and textures never, letters rarely."""
+    rng = np.random.default_rng(8)
+    digits, expected = [], []
+    for name in ("0", "1", "4", "4 apart", "5 apart", "7"):
+        for pen in (3, 8, 16, 26):
+            for paper in PAPERS.values():
+                ink = drawing(name, pen=pen, angle=rng.uniform(-15, 15))
+                digits.append(photograph(ink, rng, paper, PENS["blue" if pen > 8 else "black"]))
+                expected.append(name[0])
+    folders = {"digits": digits, "letters": printed_letters(), "nothing": blanks_and_textures(rng)}
+    rows, scores = {}, {}
+    for name, pictures in folders.items():
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / name / f"{number:05d}.png")
+        rows[name] = predict(capsys, default_run, tmp_path / "out", tmp_path / name)
+        scores[name] = scores_of(tmp_path / "out")
+    assert [row for row in rows["nothing"] if row[3] != "not-a-digit"] == []
+    assert np.mean([row[1] == digit for row, digit in zip(rows["digits"], expected, strict=True)]) >= 0.97
+    assert np.mean([row[3] == "digit" for row in rows["digits"]]) >= 0.95
+    assert area_under_curve(scores["digits"], scores["letters"]) >= 0.97
