@@ -196,9 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     training = parser.add_argument_group("model and training")
     training.add_argument("--model", choices=["cnn", "mlp"], default="cnn", help="mlp: a 784-10-10-10-10 network")
-    training.add_argument(
-        "--epochs", type=number(int, 1, 100_000), default=10, metavar="N", help="passes over the data"
-    )
+    training.add_argument("--epochs", type=number(int, 1, 100_000), default=9, metavar="N", help="passes over the data")
     training.add_argument(
         "--batch-size", type=number(int, 1, 1_000_000), default=128, metavar="N", help="images a step"
     )
@@ -301,13 +299,24 @@ def say(*values: str) -> None:
     """Print values with tabs between them, at once, so that a log file can be followed."""
     try:
         print(*values, sep="\t", flush=True)
-    except BrokenPipeError:  # whoever read along has gone; the run goes on
+    except OSError:  # whoever read along has gone, or the log's disk is full: the run goes on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def announce(config: Config) -> Callable[[str], None]:
     """What to print progress with: nothing under --quiet."""
     return (lambda line: None) if config.quiet else say
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started without them (`>&-`) its three streams, so that no file takes their numbers."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", encoding="utf-8"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show ends no run
 
 
 def warn(line: str) -> None:
@@ -380,11 +389,6 @@ def load_digits(source: str) -> Digits:
     path = Path(source)
     try:
         arrays = read_idx_folder(path) if path.is_dir() else read_npz(path)
-    except FileNotFoundError as error:
-        raise Failure(
-            f"--data {source}: {error.filename or path} does not exist; give auto, mnist, synthetic, an .npz file "
-            "or a folder"
-        ) from error
     except OSError as error:
         raise Failure(f"--data {source}: {describe(error)}") from error
     name = path.resolve().stem
@@ -407,7 +411,7 @@ def load_mnist() -> Digits:
     Raises:
         Failure: neither works.
     """
-    cache = Path(os.environ.get("KERAS_HOME") or Path("~/.keras").expanduser()) / "datasets" / "mnist.npz"
+    cache = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")) / "datasets" / "mnist.npz"
     if cache.is_file():
         with contextlib.suppress(Failure):  # a damaged copy is downloaded anew
             arrays = read_npz(cache)
@@ -457,13 +461,16 @@ def read_npz(path: Path) -> list[np.ndarray]:
     Raises:
         Failure: the file is no such archive, or damaged, or holds something else.
     """
+    if not path.is_file():
+        problem = "is no file" if path.exists() else "does not exist"
+        raise Failure(f"--data {path}: {problem}; give auto, mnist, synthetic, an .npz file or a folder of IDX files")
     try:
         with zipfile.ZipFile(path) as archive:
             missing = [key for key in NPZ_KEYS if f"{key}.npy" not in archive.namelist()]
             if missing:
                 raise Failure(f"{path}: has no array {missing[0]}; an .npz needs {', '.join(NPZ_KEYS)}")
             arrays = [read_npy(archive, key) for key in NPZ_KEYS]
-    except (FileNotFoundError, Failure):
+    except Failure:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds at damaged files
         raise Failure(f"{path}: is no readable .npz file ({describe(error)}); make or copy it anew") from error
@@ -1248,13 +1255,13 @@ def load_model(path: Path) -> keras.Model:
     """
     import keras
 
+    if not path.is_file():
+        raise Failure(f"--model-file {path}: {'is no file' if path.exists() else 'does not exist'}; train first")
     try:
         check_model_file(path)
         model = keras.models.load_model(path, compile=False, safe_mode=True)
     except Failure:
         raise
-    except FileNotFoundError as error:
-        raise Failure(f"--model-file {path}: does not exist; train first, or name a .keras file") from error
     except Exception as error:  # zipfile, json, h5py and Keras raise a dozen kinds at damaged files
         raise Failure(f"--model-file {path}: is no readable Keras model ({describe(error)})") from error
     if (model.input_shape, model.output_shape) != ((None, 28, 28, 1), (None, 10)):
@@ -1312,7 +1319,7 @@ def check_model_config(node: Any, path: Path, key: str = "") -> None:
 # Training: model + data -> history
 # ---------------------------------------------------------------------------------------------------------------------
 
-NON_DIGIT_SHARE = 0.1  # of the training images, on top of them
+NON_DIGIT_SHARE, DRAWN_SHARE = 0.1, 0.05  # of the training images, on top of them
 STEPS_PER_CALL = 16  # that `fit` takes before it comes back to Python; at this size its overhead counts
 
 
@@ -1335,6 +1342,30 @@ def count_steps(images: int, batch_size: int) -> Steps:
 def targets_of(labels: np.ndarray, non_digits: int) -> np.ndarray:
     """One-hot rows for the labels, then uniform rows for images that are no digit: float32 (n + non_digits, 10)."""
     return np.concatenate([np.eye(10)[labels], np.full((non_digits, 10), 0.1)]).astype(np.float32)
+
+
+def training_set(images: np.ndarray, labels: np.ndarray, dataset: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the network is trained on: the training images, images that are no digit, and digits drawn from strokes.
+
+    The non-digits are half drawn, half made of the digits themselves (outlier exposure: Hendrycks, Mazeika, Dietterich,
+    "Deep anomaly detection with outlier exposure", ICLR 2019). The drawn digits, in ways that are rare in MNIST, help
+    with the pictures of other people; only MNIST gets them, as other data sets may hold other signs.
+
+    Args:
+        images: uint8 (n, 28, 28).
+        labels: uint8 (n,).
+        dataset: its name.
+        seed: of what is drawn.
+
+    Returns:
+        Images uint8 (m, 28, 28) and targets float32 (m, 10).
+    """
+    rng = np.random.default_rng(seed)
+    count = round(NON_DIGIT_SHARE * len(images))
+    non_digits = [draw_non_digits(count - count // 2, rng), spoil_digits(images, labels, count // 2, rng)]
+    drawn, drawn_labels = synthetic_digits(round(DRAWN_SHARE * len(images)) if dataset == "mnist" else 0, seed)
+    targets = targets_of(np.concatenate([labels, drawn_labels]), count)
+    return np.concatenate([images, drawn, *non_digits]), targets
 
 
 def training_batches(
@@ -1425,7 +1456,7 @@ def train_model(
         log: takes a line an epoch.
 
     Returns:
-        A row an epoch: epoch, loss, accuracy, val_loss, val_accuracy, learning_rate, seconds.
+        A row an epoch: epoch, loss, accuracy, val_loss, val_accuracy, learning_rate, seconds, images.
 
     Raises:
         Failure: the loss is no number any more.
@@ -1444,7 +1475,8 @@ def train_model(
         nonlocal clock, best_weights
         now = time.perf_counter()
         rate = float(model.optimizer.learning_rate)
-        history.append({"epoch": epoch + 1, **logs, "learning_rate": rate, "seconds": round(now - clock, 3)})
+        row = {"epoch": epoch + 1, **logs, "learning_rate": rate, "seconds": round(now - clock, 3)}
+        history.append(row | {"images": steps.per_epoch * steps.batch_size})
         clock = now
         if not sys.stdout.isatty():
             log(
@@ -1568,8 +1600,15 @@ class Evaluation(NamedTuple):
 
 
 def predict_probabilities(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    """uint8 (n, 28, 28) -> float64 (n, 10), rows sum to 1."""
-    return model.predict(normalise(images), batch_size=500, verbose=0).astype(np.float64)
+    """uint8 (n, 28, 28) -> float64 (n, 10), rows sum to 1.
+
+    Raises:
+        Failure: what the model gives are no probabilities.
+    """
+    probabilities = model.predict(normalise(images), batch_size=500, verbose=0).astype(np.float64)
+    if not (probabilities.min() >= 0 and np.allclose(probabilities.sum(axis=1), 1, atol=1e-3)):  # nor is NaN
+        raise Failure("the model gives no probabilities (ten numbers from 0 on that add up to 1); train it anew")
+    return probabilities
 
 
 def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
@@ -2662,15 +2701,6 @@ def name_dataset(name: str) -> str:
     return {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}.get(name, name)
 
 
-def describe_data(digits: Digits, training: int, validation: int) -> str:
-    """What a run works on, in one line."""
-    return (
-        f"{name_dataset(digits.name)} from {digits.origin}: {training:,} images to train on and "
-        f"{round(NON_DIGIT_SHARE * training):,} that are no digit, {validation:,} for validation, "
-        f"{len(digits.test_images):,} for the test"
-    )
-
-
 def result_title(digits: Digits, evaluation: Evaluation) -> str:
     wrong, total = (~evaluation.correct).sum(), len(evaluation.labels)
     right = f"{100 * evaluation.correct.mean():.2f}% right"
@@ -2689,14 +2719,6 @@ def refuse_to_replace_other_data(config: Config, digits: Digits) -> None:
             f"{config.output_dir} holds results on {earlier}, and they are kept: this run has only synthetic digits. "
             "Give another --output-dir, or the data with --data"
         )
-
-
-def non_digits_for(images: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """Images that are no digit, to train on beside these digits: half drawn, half made of the digits themselves."""
-    count = round(NON_DIGIT_SHARE * len(images))
-    rng = np.random.default_rng(seed)
-    drawn = draw_non_digits(count - count // 2, rng)
-    return np.concatenate([drawn, spoil_digits(images, labels, count // 2, rng)])
 
 
 def write_data_plots(folder: Path, images: np.ndarray, labels: np.ndarray, config: Config, title: str) -> None:
@@ -2736,26 +2758,29 @@ def run_training(config: Config) -> dict[str, Any]:
             refuse_to_replace_other_data(config, digits)
             parts = split_validation(digits, config.validation_split, config.train_limit)
             checkpoints = checkpoint_folder(config, digits)
-        log(describe_data(digits, len(parts[0]), len(parts[2])))
+        log(
+            f"{name_dataset(digits.name)} from {digits.origin}: {len(parts[0]):,} images to train on, "
+            f"{len(parts[2]):,} for validation, {len(digits.test_images):,} for the test"
+        )
         with clock.stage("training"):
-            model, history = train_committee(parts, config, checkpoints, log)
-        seen = len(history) * (1 + NON_DIGIT_SHARE) * len(parts[0])
-        training = {"training_images_per_second": seen / clock.seconds["training"]}
-        metrics = write_results(results, model, digits, parts, config, clock, training, history)
+            model, history = train_committee(digits.name, parts, config, checkpoints, log)
+        speed = sum(row["images"] for row in history) / sum(row["seconds"] for row in history)
+        metrics = write_results(
+            results, model, digits, parts, config, clock, {"training_images_per_second": speed}, history
+        )
     remove_folder(checkpoints)
     return metrics
 
 
 def train_committee(
-    parts: tuple[np.ndarray, ...], config: Config, checkpoints: Path, log: Callable[[str], None]
+    dataset: str, parts: tuple[np.ndarray, ...], config: Config, checkpoints: Path, log: Callable[[str], None]
 ) -> tuple[keras.Model, list[dict[str, float]]]:
     """Train `--members` networks, each calibrated, and join them where they are several."""
     x_train, y_train, x_validation, y_validation = parts
     validation = x_validation, targets_of(y_validation, 0)
     models, history = [], []
     for seed in range(config.seed, config.seed + config.members):
-        non_digits = non_digits_for(x_train, y_train, seed)
-        training = np.concatenate([x_train, non_digits]), targets_of(y_train, len(non_digits))
+        training = training_set(x_train, y_train, dataset, seed)
         with strategy_scope(config.strategy):
             model = build_model(config.model, config.dropout, seed)
             log(f"{config.model} with {model.count_params():,} parameters, seed {seed}")
@@ -2824,7 +2849,7 @@ def run_combination(config: Config) -> dict[str, Any]:
     with results_folder(config.output_dir) as results:
         with clock.stage("startup"):
             import_tensorflow()
-            members = [load_model(folder / "model.keras") for folder in config.combine]
+            members = [load_member(folder / "model.keras") for folder in config.combine]
         with clock.stage("data"):
             digits = load_digits(config.data)
             refuse_to_replace_other_data(config, digits)
@@ -2833,6 +2858,20 @@ def run_combination(config: Config) -> dict[str, Any]:
                 refuse_other_training_data(folder, digits)
         about = {"members": [str(folder) for folder in config.combine]}
         return write_results(results, join_models(members), digits, parts, config, clock, about, [])
+
+
+def load_member(path: Path) -> keras.Model:
+    """A model that ends as this program's do, in a softmax layer over ten logits.
+
+    Raises:
+        Failure: it ends in another way, or cannot be loaded.
+    """
+    import keras
+
+    model = load_model(path)
+    if not isinstance(model.layers[-1], keras.layers.Softmax) or model.layers[-1].input.shape != (None, 10):
+        raise Failure(f"--combine {path.parent}: its model does not end in a softmax layer, so it was not made here")
+    return model
 
 
 def refuse_other_training_data(folder: Path, digits: Digits) -> None:
@@ -2994,7 +3033,7 @@ def run(config: Config) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program: returns its exit code."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show ends no run
+    open_standard_streams()
     config = parse_config(arguments)
     try:
         with stop_on_signals():
