@@ -37,7 +37,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -48,6 +47,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among the imports shows no traceback
 
 import numpy as np
 
@@ -321,29 +323,31 @@ def open_standard_streams() -> None:
 
 def warn(line: str) -> None:
     """Print to standard error, so that what is read by machines stays clean."""
-    print(line, file=sys.stderr, flush=True)
+    try:
+        print(line.translate({10: "\\n", 13: "\\r"}), file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def import_tensorflow() -> None:
-    """Import TensorFlow without its start-up chatter.
-
-    TensorFlow prints some lines before it reads its log level, so standard error is diverted while it loads; where
-    loading fails, what was printed is shown.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with tempfile.TemporaryFile() as chatter:
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keep out of standard error what C libraries print there of their own accord; where they fail, an error tells."""
+    with open(os.devnull, "w") as nowhere:
         sys.stderr.flush()
         stderr = os.dup(2)
-        os.dup2(chatter.fileno(), 2)
+        os.dup2(nowhere.fileno(), 2)
         try:
-            import tensorflow  # noqa: F401
-        except Exception:
-            chatter.seek(0)
-            os.write(stderr, chatter.read())
-            raise
+            yield
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def import_tensorflow() -> None:
+    """Import TensorFlow without its start-up chatter, which it prints before it reads its log level."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with hushed():
+        import tensorflow  # noqa: F401
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,6 +469,8 @@ def read_npz(path: Path) -> list[np.ndarray]:
         problem = "is no file" if path.exists() else "does not exist"
         raise Failure(f"--data {path}: {problem}; give auto, mnist, synthetic, an .npz file or a folder of IDX files")
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
             missing = [key for key in NPZ_KEYS if f"{key}.npy" not in archive.namelist()]
             if missing:
@@ -1098,12 +1104,15 @@ def distort(images: tf.Tensor, pixels: float, seed: tf.Tensor) -> tf.Tensor:
 
 
 def vary_light(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Some images out of focus, with less contrast, on a lighter ground, half in shadow, as a negative, or noisy.
+    """Half of the images out of focus, with less contrast, on a lighter ground, in shadow, as a negative, or noisy.
 
-    A network that has only seen light ink on pure black takes any other ground for ink.
+    A network that has only seen light ink on pure black takes any other ground for ink. The other half stays as it is,
+    so that clean images are learnt no worse. A batch is in random order, so a part of it may be a slice, which costs no
+    more than it must.
     """
     import tensorflow as tf
 
+    clean, images = images[: tf.shape(images)[0] // 2], images[tf.shape(images)[0] // 2 :]
     count = tf.shape(images)[0]
     seeds = tf.random.split(seed, 2)
     draws = iter(tf.unstack(tf.random.stateless_uniform([8, count, 1, 1, 1], seeds[0])))
@@ -1113,23 +1122,23 @@ def vary_light(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         draw = next(draws)
         return tf.where(draw < share, low + (high - low) * draw / share, otherwise)
 
-    # A batch is in random order, so the dear changes are made to a slice of it and cost no more than they must.
-    blurred, noisy = count * 15 // 100, count * 25 // 100
+    sharp_from, noisy_from = count * 30 // 100, count * 50 // 100
     binomial = tf.constant([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
     kernel = tf.tensordot(binomial, binomial, axes=0)[:, :, tf.newaxis, tf.newaxis]
-    images = tf.concat([tf.nn.conv2d(images[:blurred], kernel, 1, "SAME"), images[blurred:]], axis=0)
+    blurred = tf.nn.conv2d(images[:sharp_from], kernel, 1, "SAME")
+    images = tf.concat([blurred, images[sharp_from:]], axis=0)
 
     across = tf.reshape(tf.linspace(-1.0, 1.0, 28), [1, 1, 28, 1])
     angle, offset, steepness = 2 * math.pi * next(draws), 2 * next(draws) - 1, tf.exp(4 * next(draws))
     distance = tf.cos(angle) * across + tf.sin(angle) * tf.reshape(across, [1, 28, 1, 1]) - offset
-    shadow = sometimes(0.2, 0.0, 0.6, 0.0) * tf.sigmoid(steepness * distance)
-    ground = tf.maximum(sometimes(0.3, 0.0, 0.6, 0.0), shadow)
-    images = ground + (1 - ground) * sometimes(0.3, 0.5, 1.0, 1.0) * images
-    images = tf.abs(sometimes(0.1, 1.0, 1.0, 0.0) - images)
+    shadow = sometimes(0.4, 0.0, 0.6, 0.0) * tf.sigmoid(steepness * distance)
+    ground = tf.maximum(sometimes(0.5, 0.0, 0.6, 0.0), shadow)
+    images = ground + (1 - ground) * sometimes(0.5, 0.5, 1.0, 1.0) * images
+    images = tf.abs(sometimes(0.2, 1.0, 1.0, 0.0) - images)
 
-    clean = count - noisy
-    noise = tf.random.stateless_normal([noisy, 28, 28, 1], seeds[1]) * 0.25 * next(draws)[clean:]
-    return tf.clip_by_value(tf.concat([images[:clean], images[clean:] + noise], axis=0), 0.0, 1.0)
+    noise = tf.random.stateless_normal([count - noisy_from, 28, 28, 1], seeds[1]) * 0.25 * next(draws)[noisy_from:]
+    images = tf.concat([images[:noisy_from], images[noisy_from:] + noise], axis=0)
+    return tf.concat([clean, tf.clip_by_value(images, 0.0, 1.0)], axis=0)
 
 
 def augment_keras(ranges: Ranges) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
@@ -1173,6 +1182,7 @@ def augmentation(config: Config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
 
 MAX_MODEL_BYTES = 256 << 20
 MAX_LAYER_SIZE = 4096
+MAX_VALUES_BETWEEN_LAYERS = 1 << 18  # of one image; 500 are measured at a time
 TRUSTED_MODULES = ("keras", "keras.layers", "keras.initializers", "keras.src.models.functional")
 FOREIGN_CODE_LAYERS = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "FlaxLayer", "JaxLayer")
 
@@ -1216,11 +1226,33 @@ def convolution(filters: int, size: int, padding: str) -> list[keras.Layer]:
     ]
 
 
+def look_five_times(model: keras.Model) -> keras.Model:
+    """The same network and weights, asked about the image as it is and moved by a pixel up, down, left and right.
+
+    The mean of the five logits is right more often than each of them. Training goes without: there, moved images come
+    of themselves, and five looks would take five times as long.
+    """
+    import keras
+    from keras import layers
+
+    inputs = keras.Input((28, 28, 1))
+    framed = layers.ZeroPadding2D(1)(inputs)
+    logits = []
+    for top, left in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2)):
+        outputs = layers.Cropping2D(((top, 2 - top), (left, 2 - left)))(framed)
+        for layer in model.layers[:-1]:  # all but the softmax
+            outputs = layer(outputs)
+        logits.append(outputs)
+    return keras.Model(inputs, layers.Softmax()(layers.Average()(logits)), name=model.name)
+
+
 def join_models(members: Sequence[keras.Model]) -> keras.Model:
     """A committee: the mean of the members' logits, through one softmax. So it multiplies what they find probable."""
     import keras
     from keras import layers
 
+    if any(member.layers[-1].__class__ is not layers.Softmax for member in members):
+        raise Failure("--combine: a model does not end in a Softmax layer of its own; take models of this program")
     inputs = keras.Input((28, 28, 1))
     logits = [
         keras.Model(member.inputs, member.layers[-1].input, name=f"member_{index}")(inputs)
@@ -1247,6 +1279,27 @@ def save_model(model: keras.Model, path: Path) -> None:
     keras.Model(model.inputs, model.outputs, name=model.name).save(path)
 
 
+@contextlib.contextmanager
+def bounded_weights() -> Iterator[None]:
+    """Let no model that is built meanwhile take more than MAX_MODEL_BYTES for its weights."""
+    import keras
+
+    add, left = keras.layers.Layer.add_weight, MAX_MODEL_BYTES
+
+    def add_weight(layer: keras.Layer, shape: Sequence[int] | None = None, *options: Any, **more: Any) -> Any:
+        nonlocal left
+        left -= 4 * math.prod(shape or ())
+        if left < 0:
+            raise ValueError(f"its weights take more than {MAX_MODEL_BYTES >> 20} MiB")
+        return add(layer, shape, *options, **more)
+
+    keras.layers.Layer.add_weight = add_weight
+    try:
+        yield
+    finally:
+        keras.layers.Layer.add_weight = add
+
+
 def load_model(path: Path) -> keras.Model:
     """Read a saved network that takes (n, 28, 28, 1) and gives (n, 10). The file is not trusted.
 
@@ -1259,7 +1312,13 @@ def load_model(path: Path) -> keras.Model:
         raise Failure(f"--model-file {path}: {'is no file' if path.exists() else 'does not exist'}; train first")
     try:
         check_model_file(path)
-        model = keras.models.load_model(path, compile=False, safe_mode=True)
+        with warnings.catch_warnings(), bounded_weights():
+            warnings.simplefilter("ignore")  # what does not fit is raised as well
+            model = keras.models.load_model(path, compile=False, safe_mode=True)
+        for layer in model.layers:
+            values = max(math.prod(output.shape[1:]) for output in keras.tree.flatten(layer.output))
+            if values > MAX_VALUES_BETWEEN_LAYERS:
+                raise Failure(f"--model-file {path}: makes {values} values of an image, more than this program lets it")
     except Failure:
         raise
     except Exception as error:  # zipfile, json, h5py and Keras raise a dozen kinds at damaged files
@@ -1319,8 +1378,8 @@ def check_model_config(node: Any, path: Path, key: str = "") -> None:
 # Training: model + data -> history
 # ---------------------------------------------------------------------------------------------------------------------
 
-NON_DIGIT_SHARE, DRAWN_SHARE = 0.1, 0.05  # of the training images, on top of them
-STEPS_PER_CALL = 16  # that `fit` takes before it comes back to Python; at this size its overhead counts
+NON_DIGIT_SHARE, DRAWN_SHARE = 0.05, 0.03  # of the training images, on top of them
+IMAGES_PER_CALL = 2048  # that `fit` takes before it comes back to Python: its overhead counts, and so do signals
 
 
 class Steps(NamedTuple):
@@ -1335,7 +1394,7 @@ def count_steps(images: int, batch_size: int) -> Steps:
     """Cut `images` into whole batches, and these into whole calls; what is left over changes from epoch to epoch."""
     batch_size = min(batch_size, images)
     per_epoch = images // batch_size
-    per_call = min(STEPS_PER_CALL, per_epoch)
+    per_call = min(max(IMAGES_PER_CALL // batch_size, 1), per_epoch)
     return Steps(batch_size, per_epoch - per_epoch % per_call, per_call)
 
 
@@ -1392,13 +1451,16 @@ def training_batches(
         return augment(batch, tf.stack([seed, step])), tf.gather(targets, indices)
 
     # ImageDataGenerator draws from NumPy's one global generator, so its calls must not run side by side.
-    parallel = 1 if config.augment == "keras" else tf.data.AUTOTUNE
+    parallel = 1 if config.augment == "keras" else os.cpu_count()
+    options = tf.data.Options()
+    options.autotune.enabled = False  # it finds nothing better here, and takes seconds to shut down
     epochs = tf.range(first_epoch, config.epochs)
     return (
         tf.data.Dataset.from_tensor_slices(epochs)
         .flat_map(indices_of_epoch)
         .map(batch_of_indices, num_parallel_calls=parallel, deterministic=True)
-        .prefetch(STEPS_PER_CALL)
+        .prefetch(steps.per_call)
+        .with_options(options)
     )
 
 
@@ -1431,7 +1493,8 @@ def compile_model(model: keras.Model, config: Config, steps: Steps) -> None:
         optimizer=keras.optimizers.Adam(schedule, beta_2=0.99),
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
         metrics=[DigitAccuracy(name="accuracy")],
-        steps_per_execution=steps.per_call,
+        # Several steps in one call fail now and then where several devices share them out.
+        steps_per_execution=steps.per_call if tf.distribute.get_strategy().num_replicas_in_sync == 1 else 1,
     )
 
 
@@ -1533,6 +1596,7 @@ def save_checkpoint(
     state = {f"state{index}": variable.numpy() for index, variable in enumerate(variables_of(model))}
     best = {f"best{index}": weights for index, weights in enumerate(best_weights)}
     temporary = path.with_suffix(".part")
+    temporary.unlink(missing_ok=True)  # it may be a link to elsewhere
     with open(temporary, "wb") as stream:
         np.savez(stream, history=np.array(json.dumps(history)), **state, **best)
     os.replace(temporary, path)
@@ -1544,7 +1608,7 @@ def load_checkpoint(path: Path, model: keras.Model) -> tuple[list[dict[str, floa
     Both are empty, and the model stays as it is, where there is no such file. A damaged one is set aside.
     """
     model.optimizer.build(model.trainable_variables)
-    if not path.is_file():
+    if not path.exists():
         return [], []
     variables = variables_of(model)
     try:
@@ -1553,8 +1617,14 @@ def load_checkpoint(path: Path, model: keras.Model) -> tuple[list[dict[str, floa
             best_count = sum(name.startswith("best") for name in archive.files)
             best_weights = [archive[f"best{index}"] for index in range(best_count)]
             history = json.loads(str(archive["history"]))
-        if any(variable.shape != value.shape for variable, value in zip(variables, state, strict=True)):
+        fits = [
+            *zip(variables, state, strict=True),
+            *zip(model.weights if best_weights else [], best_weights, strict=True),
+        ]
+        if any(variable.shape != value.shape for variable, value in fits):
             raise ValueError("it belongs to another network")
+        if history:
+            best_epoch(history)
     except Exception as error:  # zipfile, NumPy and json raise a dozen kinds at damaged files
         damaged = path.with_suffix(".damaged")
         os.replace(path, damaged)
@@ -1674,11 +1744,18 @@ def fit_temperature(evaluation: Evaluation) -> float:
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
 
 
-def calibrate(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> float:
-    """Make the model's probabilities honest: fit a temperature on these held-out images, fold it in, return it."""
-    temperature = fit_temperature(Evaluation(labels, predict_probabilities(model, images)))
+def calibrate(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> tuple[float, Evaluation]:
+    """Make the model's probabilities honest: fit a temperature on these held-out images and fold it into the weights.
+
+    Returns:
+        The temperature, and what the calibrated model says of these images.
+    """
+    from scipy.special import softmax
+
+    raw = Evaluation(labels, predict_probabilities(model, images))
+    temperature = fit_temperature(raw)
     divide_logits(model, temperature)
-    return temperature
+    return temperature, raw._replace(probabilities=softmax(log_probabilities(raw.probabilities) / temperature, axis=1))
 
 
 def digit_scores(probabilities: np.ndarray) -> np.ndarray:
@@ -1700,7 +1777,7 @@ def rejection_threshold(probabilities: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
-MAX_PIXELS = 100_000_000  # more is refused, on the word of the header, before a pixel is decoded
+MAX_PIXELS = 80_000_000  # more is refused, on the word of the header, before a pixel is decoded
 MAX_SIDE = 1000  # px; larger pictures are shrunk to this as early as the format allows
 COARSE_SIDE = 100  # px; the long side of the small copy on which light and paper are judged
 NARROW = 9  # px of the small copy: no stroke but a marker's is wider, and light changes little over it
@@ -1726,8 +1803,8 @@ def read_picture(path: Path) -> np.ndarray:
     # What Pillow warns of is raised here, or harmless. No catch_warnings: threads would undo one another's filters.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     image_module = pillow()
-    if not path.is_file():
-        raise ValueError("is no file" if path.exists() else "no such file")
+    if not os.path.isfile(path):  # Path.is_file raises where a folder on the way may not be entered
+        raise ValueError("is no file" if os.path.exists(path) else "no such file, or none that may be read")
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     too_large = f"more than {MAX_PIXELS // 1_000_000} megapixels"
@@ -2004,7 +2081,7 @@ def list_pictures(paths: Sequence[Path]) -> list[Path]:
     """
     pictures = []
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # Path.is_dir raises where a folder on the way may not be entered
             pictures.append(path)
             continue
         try:
@@ -2396,14 +2473,22 @@ def stop_on_signals() -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into `Stopped`, so that the run tidies up; a second one ends it at once."""
     signals = (signal.SIGINT, signal.SIGTERM)
 
+    received: list[int] = []
+
     def stop(number: int, frame: Any) -> NoReturn:
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
+        received.append(number)
         raise Stopped(number)
 
+    signals = [each for each in signals if signal.getsignal(each) != signal.SIG_IGN]  # a shell's background job
     before = [signal.signal(each, stop) for each in signals]
     try:
         yield
+    except Exception as error:
+        if received:  # a C extension that was being loaded has made an ImportError of it
+            raise Stopped(received[0]) from error
+        raise
     finally:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
@@ -2469,6 +2554,8 @@ def results_folder(folder: Path) -> Iterator[Path]:
     staging = folder / STAGING
     try:
         remove_folder(staging)
+        if os.path.lexists(folder / READY):  # a link or a file: finish_publishing has left no folder
+            (folder / READY).unlink()
         staging.mkdir()
         yield staging
         staging.rename(folder / READY)
@@ -2488,6 +2575,8 @@ def finish_publishing(folder: Path) -> None:
     if ready.is_symlink() or not ready.is_dir():
         return
     try:
+        if (ready / "metrics.json").is_file():  # so that of the earlier run is still in its place
+            remove_stale(folder, read_json(folder / "metrics.json"), read_json(ready / "metrics.json"))
         for file in sorted(ready.iterdir()):
             os.replace(file, folder / file.name)  # replaces a symbolic link, never follows it
         ready.rmdir()
@@ -2560,10 +2649,12 @@ def append_run(folder: Path, metrics: dict[str, Any], exit_code: int) -> None:
     try:
         descriptor = os.open(folder / "runs.csv", flags, 0o644)
         try:
+            while not lock(descriptor):
+                time.sleep(0.01)
             if os.fstat(descriptor).st_size == 0:
                 writer.writeheader()
             writer.writerow(row)
-            os.write(descriptor, text.getvalue().encode())
+            os.write(descriptor, text.getvalue().encode(errors="backslashreplace"))
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -2571,7 +2662,7 @@ def append_run(folder: Path, metrics: dict[str, Any], exit_code: int) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as stream:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -2786,6 +2877,8 @@ def train_committee(
             log(f"{config.model} with {model.count_params():,} parameters, seed {seed}")
             rows = train_model(model, training, validation, config, seed, checkpoints / f"seed{seed}.npz", log)
         history += [{"seed": seed, **row} for row in rows]
+        if config.model == "cnn":
+            model = look_five_times(model)
         if config.members > 1:
             calibrate(model, x_validation, y_validation)
         models.append(model)
@@ -2816,8 +2909,7 @@ def write_results(
     """Calibrate and evaluate a trained model, and write all there is to say of it. Returns the metrics."""
     x_train, y_train, x_validation, y_validation = parts
     with clock.stage("evaluation"):
-        temperature = calibrate(model, x_validation, y_validation)
-        validation = Evaluation(y_validation, predict_probabilities(model, x_validation))
+        temperature, validation = calibrate(model, x_validation, y_validation)
         evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
     with clock.stage("plots"):
         write_evaluation(results, digits.test_images, evaluation, config, result_title(digits, evaluation))
@@ -2955,7 +3047,8 @@ def printable(path: Path) -> str:
 def write_external_plot(path: Path, pictures: Sequence[Path], predictions: Sequence[Prediction | None]) -> None:
     """Draw the first forty pictures that could be read."""
     shown = [pair for pair in zip(pictures, predictions, strict=True) if pair[1] is not None][:40]
-    greys = [read_picture(file) for file, _ in shown]
+    with hushed():
+        greys = [read_picture(file) for file, _ in shown]
     digits = [picture_to_digit(grey) for grey in greys]
     thumbnails = [scaled(grey, 200) for grey in greys]
     plot_external_predictions(
@@ -2984,7 +3077,8 @@ def predict_files(model: keras.Model, paths: Sequence[Path], threshold: float) -
     with ThreadPoolExecutor(PICTURES_AT_ONCE) as pool:
         for start in range(0, len(paths), PICTURES_PER_BATCH):
             batch = paths[start : start + PICTURES_PER_BATCH]
-            digits = list(pool.map(read_digit, batch))
+            with hushed():  # libtiff prints complaints of its own
+                digits = list(pool.map(read_digit, batch))
             found = iter(recognise(model, [digit for digit in digits if isinstance(digit, np.ndarray)], threshold))
             for path, digit in zip(batch, digits, strict=True):
                 prediction = next(found) if isinstance(digit, np.ndarray) else None
@@ -3022,10 +3116,8 @@ def run(config: Config) -> int:
     with hold_folder(config.output_dir):
         if config.predict:
             return run_prediction(config)
-        earlier = read_json(config.output_dir / "metrics.json")
         job = run_combination if config.combine else run_evaluation if config.evaluate else run_training
         metrics = job(config)
-        remove_stale(config.output_dir, earlier, metrics)
         exit_code = report(config, metrics)
         append_run(config.output_dir, metrics, exit_code)
         return exit_code
@@ -3040,6 +3132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(config)
     except Failure as failure:
         warn(f"error: {failure}")
+        return EXIT_FAILED
+    except OSError as error:  # of a disk that is full or gone, where no stage has more to say
+        warn(f"error: --output-dir {config.output_dir}: {describe(error)}")
         return EXIT_FAILED
     except MemoryError:
         warn("error: there is not enough memory; give a smaller --batch-size or --train-limit")

@@ -8,23 +8,28 @@ They run on the CPU; CUDA_VISIBLE_DEVICES=0 TF_FORCE_GPU_ALLOW_GROWTH=true runs 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1824,3 +1829,1345 @@ def test_what_is_no_digit(default_run: Run, tmp_path: Path, capsys: Capture) -> 
     assert np.mean([row[1] == digit for row, digit in zip(rows["digits"], expected, strict=True)]) >= 0.97
     assert np.mean([row[3] == "digit" for row in rows["digits"]]) >= 0.95
     assert area_under_curve(scores["digits"], scores["letters"]) >= 0.97
+
+
+# Unattended runs: helpers
+
+posix = pytest.mark.skipif(os.name == "nt", reason="signals, fork and locks of POSIX")
+LONG = "--model", "mlp", "--epochs", 60, "--batch-size", 32, "--dropout", 0.1, "--no-plots"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a run in this process is to end at a certain point."""
+
+
+class Background(NamedTuple):
+    """A run in the background; what it prints goes into files."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    errors: Path
+
+    def wait_for(self, seen: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not seen():
+            assert self.process.poll() is None, self.errors.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def background(*arguments: object, cwd: Path) -> Iterator[Background]:
+    """Start the script in a process of its own, which does not outlive the block."""
+    log, errors = cwd / "log.txt", cwd / "errors.txt"
+    with open(log, "wb") as out, open(errors, "wb") as err:
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+    try:
+        yield Background(process, log, errors)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def shell(command: str, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command of the shell, in which "$@" is the script with these arguments; surrogates are raw bytes."""
+    program_call = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    environment = os.environ | environment
+    return subprocess.run(
+        ["sh", "-c", command, "sh", *map(os.fsencode, program_call)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    """What a user sees of an output folder: its files, the hidden ones aside."""
+    return {name: content for name, content in tree(folder).items() if not name.startswith(".")}
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether there is a model and all files that metrics.json lists, as it lists them."""
+    listed = read_metrics(folder)["files"]
+    found = {name: hashlib.sha256(content).hexdigest() for name, content in published(folder).items()}
+    return "model.keras" in listed and listed == {name: found.get(name) for name in listed}
+
+
+def identical(one: Path, other: Path) -> bool:
+    """Whether two runs ended with the same weights, bit for bit, and the same predictions."""
+    return equal_arrays(*(weights(folder / "model.keras") for folder in (one, other))) and (
+        (one / "predictions.csv").read_bytes() == (other / "predictions.csv").read_bytes()
+    )
+
+
+@contextlib.contextmanager
+def killed_at(epoch: int, seed: int = 0) -> Iterator[None]:
+    """Runs in this process end right after the checkpoint of that epoch of the network with that seed."""
+    save = program.save_checkpoint
+
+    def save_and_die(path: Path, model: Any, history: list[Any], best: list[Any]) -> None:
+        save(path, model, history, best)
+        if path.stem == f"seed{seed}" and len(history) == epoch:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(program, "save_checkpoint", save_and_die)
+        yield
+        raise AssertionError("the run went on")
+
+
+# Unattended runs: results appear together
+
+
+def fake_job(content: str, pictures: int) -> Callable[[program.Config], dict[str, Any]]:
+    """What stands for run_training where only the writing matters: a model and some pictures."""
+
+    def job(config: program.Config) -> dict[str, Any]:
+        with program.results_folder(config.output_dir) as results:
+            for name in ["model.keras", "history.csv", *sorted(PICTURES)[:pictures]]:
+                (results / name).write_text(f"{content} {name}")
+            metrics = {
+                "test_accuracy": 1.0,
+                "test_loss": 0.0,
+                "test_errors": 0,
+                "expected_calibration_error": 0.0,
+                "peak_rss_mib": 0,
+                "config": {"seed": 0},
+                "dataset": {"name": content, "origin": "", "test_images": 1},
+                "timings_seconds": {"total": 0.0},
+                "finished_at": content,
+                "files": program.checksums(results),
+            }
+            program.write_json(results / "metrics.json", metrics)
+        return metrics
+
+    return job
+
+
+def dies_at(step: int, action: Callable[[], object]) -> bool:
+    """Run `action` in a forked process that dies right before its file operation number `step`; whether it did die."""
+    child = os.fork()
+    if child == 0:
+        steps = iter(range(step))
+
+        def count(event: str, _: object) -> None:
+            if event in {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"} and next(steps, None) is None:
+                os._exit(9)
+
+        sys.addaudithook(count)
+        with contextlib.suppress(BaseException):
+            action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@posix
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_death_at_any_step_of_writing_leaves_old_or_new_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Old or new, and after the next start no file of the other, whatever that run does."""
+
+    def start(folder: Path, content: str, pictures: int) -> Callable[[], int]:
+        def action() -> int:
+            program.run_training = fake_job(content, pictures)
+            return program.main(["--output-dir", str(folder)])
+
+        return action
+
+    monkeypatch.setattr(program, "run_training", None)
+    start(tmp_path / "old", "old", 4)()
+    start(tmp_path / "new", "new", 2)()
+    ends = {name: published(tmp_path / name) for name in ("old", "new")}
+    for end in ends.values():
+        end.pop("runs.csv")
+    seen, step = [], 0
+    while True:
+        folder = Path(shutil.copytree(tmp_path / "old", tmp_path / f"step{step}"))
+        died = dies_at(step, start(folder, "new", 2))
+        assert call(capsys, "--predict", tmp_path / "nowhere", "--output-dir", folder)[0] == 1  # the next start
+        left = published(folder)
+        rows = left.pop("runs.csv").decode().splitlines()
+        assert rows[1].startswith("old,")
+        seen.append(next((name for name, end in ends.items() if left == end), f"mixed: {sorted(left)}"))
+        if not died:
+            break
+        step += 1
+    assert step > 10
+    assert seen == sorted(seen, reverse=True), list(enumerate(seen))  # at first all old, then all new
+    assert set(seen) == {"old", "new"}
+
+
+@pytest.mark.slow
+@posix
+def test_sigkill_at_any_time_leaves_old_or_new_results(
+    earlier: Path, tiny: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    before = published(earlier)
+    flags = "--data", tiny, "--model", "mlp", "--epochs", 2, "--output-dir", earlier
+    draw = random.Random(0)
+    for _ in range(12):
+        with background(*flags, cwd=tmp_path) as run, contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(draw.uniform(0.2, 14))
+        call(capsys, "--predict", tmp_path / "nowhere", "--output-dir", earlier)
+        assert is_whole(earlier)
+        now = published(earlier)
+        others = {"runs.csv", "external_predictions.csv", "external_predictions.png"}
+        assert set(now) - others == set(read_metrics(earlier)["files"]) | {"metrics.json"}
+        assert now == before or read_metrics(earlier)["config"]["model"] == "mlp"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+@pytest.mark.parametrize("place", [".ready", ".staging", ".checkpoint", ".lock"])
+def test_leftovers_do_not_cost_a_run(
+    place: str, kind: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Where the program keeps its own, other things are cleared away or refused, but not after hours of training."""
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    out.mkdir()
+    outside.mkdir()
+    (outside / "model.keras").write_text("mine")
+    if kind == "file":
+        (out / place).write_text("rest")
+    elif kind == "folder":
+        (out / place / "folder").mkdir(parents=True)
+        (out / place / "folder" / "rest").write_text("rest")
+    else:
+        (out / place).symlink_to(outside)
+    began, train_model = [], program.train_model
+    monkeypatch.setattr(program, "train_model", lambda *these: began.append(1) or train_model(*these))
+    flags = "--data", tiny, "--model", "mlp", "--epochs", 1, "--no-plots", "--quiet", "--output-dir", out
+    code, _, err = call(capsys, *flags)
+    if code:
+        assert code == 1
+        assert str(out) in only_line(err)
+        assert not began
+    else:
+        assert is_whole(out)
+    assert tree(outside) == {"model.keras": b"mine"}
+
+
+@posix
+def test_nothing_outside_is_changed_through_links(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    outside, out = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    out.mkdir()
+    results = sorted(set(program.RESULTS) - {"runs.csv"})
+    for name in results[::2]:
+        (outside / name).write_text("mine")
+    for name in results:
+        (out / name).symlink_to(outside / name)  # every second one to nowhere
+    before = tree(outside)
+    flags = "--data", tiny, "--output-dir", out, "--quiet"
+    assert call(capsys, *flags, "--model", "mlp", "--epochs", 1)[0] == 0
+    assert tree(outside) == before
+    assert is_whole(out)
+    assert not any((out / name).is_symlink() for name in TABLES | PICTURES)
+    (out / "runs.csv").unlink()
+    (out / "runs.csv").symlink_to(outside / "runs.csv")
+    code, _, err = call(capsys, *flags, "--evaluate")
+    assert code == 1
+    assert "runs.csv" in only_line(err)
+    assert tree(outside) == before
+
+
+@posix
+def test_nothing_outside_is_changed_through_links_under_resume(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    flags = "--data", tiny, "--output-dir", tmp_path / "out", "--quiet", "--model", "mlp", "--epochs", 2, "--no-plots"
+    with killed_at(1):
+        call(capsys, *flags)
+    (tmp_path / "outside").write_text("mine")
+    for name in ("seed0.part", "seed0.damaged"):
+        (tmp_path / "out" / ".checkpoint" / name).symlink_to(tmp_path / "outside")
+    call(capsys, *flags, "--resume")
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+# Unattended runs: one at a time, and signals
+
+
+@posix
+def test_a_second_run_is_refused_at_once(trained: Run, earlier: Path, tiny: Path, capsys: Capture) -> None:
+    before = tree(earlier)
+    flags = "--data", tiny, "--output-dir", earlier
+    with program.hold_folder(earlier):
+        started = time.perf_counter()
+        for more in ((), ("--resume",), ("--evaluate",), ("--predict", tiny)):
+            assert str(os.getpid()) in refused(capsys, *flags, *more)
+        assert time.perf_counter() - started < 1
+    assert tree(earlier) == before
+    (earlier / ".lock").write_text("process 1 on somewhere since 1970-01-01T00:00:00+00:00")  # killed, it left this
+    assert call(capsys, *flags, "--evaluate", "--no-plots")[0] == 0
+
+
+STAGES = {"start": ".lock", "training": ".checkpoint/seed0.npz", "end": ".staging/predictions.csv"}
+
+
+@posix
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("start", "SIGINT"),
+        ("training", "SIGTERM"),
+        pytest.param("end", "SIGINT", marks=pytest.mark.slow),
+        *(pytest.param(stage, "SIGTERM", marks=pytest.mark.slow) for stage in ("start", "end")),
+        pytest.param("training", "SIGINT", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_the_run_and_keeps_results(
+    stage: str, name: str, earlier: Path, tiny: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (earlier / ".lock").unlink()
+    before = published(earlier)
+    flags = ["--data", tiny, *LONG[:-1], "--output-dir", earlier]
+    if stage != "end":
+        flags += ["--no-plots"]
+    with background(*flags, cwd=tmp_path) as run:
+        run.wait_for((earlier / STAGES[stage]).exists)
+        time.sleep(0.3)
+        if stage == "training":
+            assert str(run.process.pid) in refused(capsys, *flags)
+        started = time.perf_counter()
+        run.process.send_signal(getattr(signal, name))
+        assert run.process.wait(30) == 128 + getattr(signal, name)
+        assert time.perf_counter() - started < 5
+    assert name in only_line(run.errors.read_text())
+    assert published(earlier) == before
+    assert names(earlier) <= set(before) | {".checkpoint"}
+    if stage == "training":
+        code, out, err = call(capsys, *flags, "--resume")
+        assert (code, err) == (0, "")
+        assert 0 < out.count("\nepoch ") < 60
+        assert is_whole(earlier)
+
+
+@posix
+def test_a_signal_among_the_imports_shows_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(9)")
+    done = cli("--data", "nowhere", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in done.stderr
+
+
+@posix
+def test_a_signal_that_becomes_another_error_is_still_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """C extensions that are being loaded turn whatever is raised into an ImportError."""
+
+    def load() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except BaseException:
+            raise ImportError("initialization failed") from None
+
+    monkeypatch.setattr(program, "import_tensorflow", load)
+    code, _, err = call(capsys, "--output-dir", tmp_path / "out")
+    assert code == 143
+    assert "SIGTERM" in only_line(err)
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_is_heard_within_a_long_step(name: str, tmp_path: Path) -> None:
+    """Large batches, sixteen at a time, keep TensorFlow away from Python for long."""
+    images, labels = (np.concatenate([part] * 32) for part in program.synthetic_digits(2000, seed=0))
+    np.savez(tmp_path / "d.npz", x_train=images, y_train=labels, x_test=images[:100], y_test=labels[:100])
+    flags = "--data", "d.npz", "--batch-size", 3900, "--epochs", 30, "--output-dir", "out"
+    with background(*flags, cwd=tmp_path) as run:
+        run.wait_for((tmp_path / "out" / STAGES["training"]).exists)
+        time.sleep(0.5)
+        started = time.perf_counter()
+        run.process.send_signal(getattr(signal, name))
+        assert run.process.wait(120) == 128 + getattr(signal, name)
+        assert time.perf_counter() - started < 5
+
+
+@posix
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_second_signal_ends_the_process_at_once(number: int) -> None:
+    """While the first one has the run tidied up, the second one has the system's own effect."""
+    before = signal.getsignal(number)
+    handlers = []
+    with contextlib.suppress(program.Stopped), program.stop_on_signals():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        finally:
+            handlers += [signal.getsignal(2), signal.getsignal(15)]
+    assert handlers == [signal.SIG_DFL] * 2
+    assert signal.getsignal(number) == before
+
+
+@posix
+def test_a_signal_that_the_shell_ignores_stays_ignored() -> None:
+    """A script's shell has its background jobs ignore SIGINT, so that Ctrl-C ends the foreground alone."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with program.stop_on_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# Unattended runs: resume
+
+RESUMABLE = "--model", "mlp", "--augment", "fast", "--dropout", 0.2, "--patience", 3, "--epochs", 4, "--batch-size", 32
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders: `out`, of a run stopped after its second epoch, and `whole`, of the same run left alone."""
+    folder = tmp_path_factory.mktemp("stopped")
+    flags = [str(flag) for flag in ("--data", tiny, *RESUMABLE, "--no-plots", "--quiet", "--output-dir")]
+    with killed_at(2):
+        program.main([*flags, str(folder / "out")])
+    assert program.main([*flags, str(folder / "whole")]) == 0
+    return folder
+
+
+@pytest.fixture
+def again(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped / "out", tmp_path / "out"))
+
+
+def test_resume_ends_as_if_it_had_not_been_stopped(stopped: Path, again: Path, train: Train) -> None:
+    run = train(*RESUMABLE, "--resume")
+    assert run.stderr == ""
+    assert identical(run.folder, stopped / "whole")
+    assert len(read_table(run.folder / "history.csv")["epoch"]) == 4
+    assert names(run.folder) == TABLES
+    seconds = read_table(run.folder / "history.csv")["seconds"].sum()
+    assert run.metrics["training_images_per_second"] <= 1.1 * 4 * 1188 / seconds  # of all epochs in the time of all
+
+
+@posix
+@pytest.mark.parametrize("patience", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_resume_after_sigkill(patience: int, tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    flags = "--data", tiny, "--epochs", 3, "--batch-size", 64, "--dropout", 0.2, "--patience", patience, "--no-plots"
+    with background(*flags, "--output-dir", "out", cwd=tmp_path) as run:
+        run.wait_for((tmp_path / "out" / STAGES["training"]).exists)
+    assert run.process.returncode == -signal.SIGKILL
+    assert call(capsys, *flags, "--resume", "--output-dir", tmp_path / "out")[0] == 0
+    assert call(capsys, *flags, "--output-dir", tmp_path / "whole")[0] == 0
+    assert identical(tmp_path / "out", tmp_path / "whole")
+
+
+def test_resume_of_a_committee(train: Train, capsys: Capture) -> None:
+    flags = "--members", 2, "--epochs", 3, "--seed", 4, "--dropout", 0.2
+    with killed_at(1, seed=5):
+        train(*flags)
+    resumed = train(*flags, "--resume")
+    assert resumed.stdout.count("\nepoch ") == 2
+    assert identical(resumed.folder, train(*flags, name="whole").folder)
+    assert read_table(resumed.folder / "history.csv")["seed"].tolist() == [4, 4, 4, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    """--epochs 5|--batch-size 31|--seed 1|--augment none|--rotation 11|--shift 0.1|--zoom 0|--shear 0.2|--elastic 1
+    --flip|--model cnn|--learning-rate 0.004|--label-smoothing 0|--dropout 0.1|--patience 0|--members 2
+    --train-limit 1199|--validation-split 0.2""".replace("\n", "|").split("|"),
+)
+def test_resume_under_other_flags_is_refused(flags: str, again: Path, tiny: Path, capsys: Capture) -> None:
+    before = tree(again)
+    flag = flags.split()[0]
+    line = refused(capsys, "--data", tiny, *RESUMABLE, "--output-dir", again, "--resume", *flags.split())
+    assert flag in line
+    assert tree(again) == before
+
+
+def test_resume_on_other_data_is_refused(again: Path, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    np.savez(tmp_path / "tiny.npz", **(arrays | {"x_train": arrays["x_train"][::-1]}))
+    before = tree(again)
+    flags = *RESUMABLE, "--output-dir", again, "--resume", "--data", tmp_path / "tiny.npz"
+    assert "--data" in refused(capsys, *flags)
+    assert tree(again) == before
+
+
+def test_resume_with_nothing_to_resume_runs(train: Train) -> None:
+    first = train("--resume")
+    assert first.stderr == ""
+    model = (first.folder / "model.keras").read_bytes()
+    shutil.rmtree(first.folder)
+    assert train().metrics["test_accuracy"] == first.metrics["test_accuracy"]
+    assert model
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    with np.load(path) as archive:
+        state = dict(archive)
+    change(state)
+    np.savez(path, **state)
+
+
+DAMAGED_CHECKPOINTS: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "bits flipped": lambda path: path.write_bytes(flip_bytes(path.read_bytes(), 0.5)),
+    "of another network": lambda path: rewritten(path, lambda state: state.update(state0=np.zeros((3, 3)))),
+    "without a part": lambda path: rewritten(path, lambda state: state.pop("state1")),
+    "best weights of another network": lambda path: rewritten(path, lambda state: state.update(best0=np.zeros(3))),
+    "other history": lambda path: rewritten(path, lambda state: state.update(history=np.array("[1, 2]"))),
+    "run.json cut": lambda path: (path.parent / "run.json").write_text('{"seed":'),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(name, marks=[] if name in ("cut", "bits flipped", "of another network") else pytest.mark.slow)
+        for name in DAMAGED_CHECKPOINTS
+    ],
+)
+def test_damaged_checkpoint_costs_its_epochs_only(damage: str, stopped: Path, again: Path, train: Train) -> None:
+    DAMAGED_CHECKPOINTS[damage](again / STAGES["training"])
+    run = train(*RESUMABLE, "--resume")
+    assert identical(run.folder, stopped / "whole")
+    if damage != "run.json cut":
+        assert "WARNING" in only_line(run.stderr)
+
+
+# Unattended runs: places that cannot be written to
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """As on a full disk, writing a file beyond this size fails."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@posix
+@pytest.mark.parametrize("size", [0, 100, 2000, 20_000, 45_000])
+def test_writing_that_fails_keeps_results(size: int, earlier: Path, tiny: Path, capsys: Capture) -> None:
+    before = published(earlier)
+    flags = "--data", tiny, "--model", "mlp", "--epochs", 1, "--output-dir", earlier
+    with files_no_larger_than(size):
+        assert str(earlier) in refused(capsys, *flags)
+    assert published(earlier) == before
+    assert call(capsys, *flags, "--no-plots")[0] == 0
+    assert is_whole(earlier)
+
+
+@posix
+@pytest.mark.slow
+def test_full_disk_keeps_results(earlier: Path, tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        out = shutil.copytree(earlier, disk / "out")
+        before = published(out)
+        flags = "--data", tiny, "--model", "mlp", "--epochs", 1, "--output-dir", out
+        total = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        for free in (0, 4096, 40_960, 81_920, 122_880, 204_800, 409_600):
+            (disk / "filler").write_bytes(bytes(total - free))
+            assert str(out) in refused(capsys, *flags), free
+            assert published(out) == before, free
+            (disk / "filler").unlink()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    "call_of", ["os.replace", "save_model", "save_checkpoint", "write_predictions", "plot_samples"]
+)
+def test_errors_of_the_disk_keep_results(
+    call_of: str, earlier: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = published(earlier)
+    owner = program.os if call_of.startswith("os.") else program
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call_of.removeprefix("os."), fail)
+        assert str(earlier) in refused(capsys, "--data", tiny, "--model", "mlp", "--epochs", 1, "--output-dir", earlier)
+    assert published(earlier) == before
+
+
+@pytest.mark.parametrize(
+    "step", ["load_digits", "train_model", "save_model", "checksums", "remove_folder", "append_run"]
+)
+def test_folder_that_vanishes_during_the_run(
+    step: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, function, gone = tmp_path / "out", getattr(program, step), []
+
+    def vanish(*these: Any) -> Any:
+        if (step, these[0]) != ("remove_folder", out / ".staging"):  # which is there at the start already
+            shutil.rmtree(out, ignore_errors=True)
+            gone.append(step)
+        return function(*these)
+
+    monkeypatch.setattr(program, step, vanish)
+    flags = "--data", tiny, "--model", "mlp", "--epochs", 1, "--no-plots", "--output-dir", out, "--quiet"
+    code, _, err = call(capsys, *flags)
+    assert gone
+    assert code == 1
+    assert str(out) in only_line(err)
+
+
+@posix
+@pytest.mark.parametrize("flags", ["--output-dir {}/out", "--data {}/data.npz", "--data {}", "--predict {}/digit.png"])
+def test_places_that_may_not_be_entered(
+    flags: str, trained: Run, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Without the right to look into a folder, a run says so in one line."""
+    program.import_tensorflow()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        for name, mode in {".": 0o755, "closed": 0, "open": 0o777}.items():
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name).chmod(mode)
+        shutil.copy(trained.folder / "model.keras", folder / "model.keras")
+        monkeypatch.chdir(folder / "open")
+        if "--predict" in flags:
+            flags += " --model-file ../model.keras"
+        if os.getuid() == 0:  # who may enter anything
+            os.seteuid(65534)
+        code, _, err = call(capsys, *flags.format(folder / "closed").split())
+        assert code == 1
+        line = next(line for line in err.splitlines() if line.startswith("error: "))
+        assert str(folder / "closed") in line
+        assert "Traceback" not in err
+    finally:
+        os.seteuid(os.getuid())
+        shutil.rmtree(folder)
+
+
+# Unattended runs: where and how they are started
+
+
+@posix
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        "<&- >&- 2>&-",
+        "| head -1",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("<&-", ">&-", "2>&-", ">/dev/full", "2>/dev/full")),
+        pytest.param("2>&1 | true", marks=pytest.mark.slow),
+    ],
+)
+def test_closed_or_full_streams_do_not_lose_the_run(redirect: str, tiny: Path, tmp_path: Path) -> None:
+    flags = "--data", tiny, "--model", "mlp", "--epochs", 2, "--no-plots", "--output-dir", "out"
+    done = shell(f'{{ "$@"; echo $? >code; }} {redirect}', *flags, cwd=tmp_path)
+    assert is_whole(tmp_path / "out"), done.stderr.decode()
+    assert (tmp_path / "code").read_text() == "0\n"
+    assert done.stderr == b""
+    assert len((tmp_path / "out" / "runs.csv").read_text().splitlines()) == 2
+
+
+@posix
+def test_a_closed_pipe_does_not_lose_predictions(trained: Run, earlier: Path, tmp_path: Path) -> None:
+    """Not even where each picture is worth a line of complaint."""
+    for index in range(600):
+        (tmp_path / f"{index:03}-{'n' * 200}.png").write_bytes(b"")
+    done = shell('{ "$@"; echo $? >code; } 2>&1 | head -1', "--predict", ".", "--output-dir", earlier, cwd=tmp_path)
+    assert b"Traceback" not in done.stdout
+    assert (tmp_path / "code").read_text() == "1\n"
+    assert len((earlier / "external_predictions.csv").read_text().splitlines()) == 601
+
+
+@posix
+@pytest.mark.parametrize(
+    "home", [None, *(pytest.param(home, marks=pytest.mark.slow) for home in ("/proc", "under a file"))]
+)
+def test_bare_environment(home: str | None, tiny: Path, tmp_path: Path) -> None:
+    """As cron and containers start it: no locale, no home that can be written to, in another folder."""
+    (tmp_path / "file").write_text("")
+    environment = {"under a file": f"HOME={tmp_path / 'file' / 'home'}", None: ""}.get(home, f"HOME={home}")
+    flags = "--data", tiny, "--model", "mlp", "--epochs", 1, "--output-dir", tmp_path / "out"
+    bare = f"env -i PATH=/usr/bin:/bin CUDA_VISIBLE_DEVICES=-1 {environment}"
+    done = shell(f'cd / && exec {bare} "$@" <&-', *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert is_whole(tmp_path / "out")
+    assert not re.search(rb"[\r\x1b\b]", done.stdout)
+
+
+@posix
+def test_names_that_are_no_text(trained: Run, tiny: Path, tmp_path: Path) -> None:
+    """A file name is any bytes; standard output may be ASCII."""
+    name = os.fsdecode(b"\xff\xfe \xc3\xa9\n.")
+    shutil.copy(tiny, tmp_path / f"{name}npz")
+    (tmp_path / f"{name}png").write_bytes(b"")
+    shutil.copy(trained.folder / "samples.png", tmp_path / f"1{name}png")
+    for encoding in ("ascii", "utf-8"):
+        flags = "--data", f"{name}npz", "--evaluate", "--output-dir", f"{name}{encoding}", "--no-plots"
+        model = "--model-file", trained.folder / "model.keras"
+        done = shell('exec "$@"', *flags, *model, cwd=tmp_path, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, b"")
+        pictures = "--predict", f"1{name}png", f"{name}png", *flags[3:5]
+        done = shell('exec "$@"', *pictures, *model, cwd=tmp_path, PYTHONIOENCODING=encoding)
+        assert done.returncode == 1
+        assert done.stdout.count(b"\n") == 2
+        assert only_line(done.stderr.decode(errors="replace"))
+        done = shell('exec "$@"', "--data", f"no{name}npz", cwd=tmp_path, PYTHONIOENCODING=encoding)
+        assert done.returncode == 1
+        assert only_line(done.stderr.decode(errors="replace"))
+
+
+@posix
+def test_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """Containers may run under a number that no user has."""
+    import pwd
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "KERAS_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert "MNIST" in refused(capsys, "--data", "mnist", "--output-dir", tmp_path / "out")
+
+
+def test_quiet_says_one_line(train: Train) -> None:
+    run = train("--quiet")
+    assert run.stderr == ""
+    assert only_line(run.stdout).startswith(f"{100 * run.metrics['test_accuracy']:.2f}%")
+
+
+# Unattended runs: the table of runs
+
+
+def test_each_finished_run_adds_a_row(train: Train, tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    table, seen = tmp_path / "out" / "runs.csv", ""
+    train("--seed", 1)
+    shutil.copytree(tmp_path / "out", tmp_path / "first")
+    more = [
+        (("--min-accuracy", 1, "--model", "mlp", "--epochs", 1), 3),
+        (("--evaluate",), 0),
+        (("--combine", tmp_path / "first", tmp_path / "first"), 0),
+    ]
+    for index, (flags, code) in enumerate([((), None), *more]):
+        if code is not None:
+            result = call(capsys, "--data", tiny, "--output-dir", tmp_path / "out", "--no-plots", *flags)
+            assert result[0] == code, result
+        assert table.read_text().startswith(seen)
+        seen = table.read_text()
+        assert len(seen.splitlines()) == index + 2
+    refused(capsys, "--data", tmp_path / "nowhere", "--output-dir", tmp_path / "out")
+    assert table.read_text() == seen
+    with open(table, newline="") as stream:
+        assert [row["exit_code"] for row in csv.DictReader(stream)] == ["0", "3", "0", "0"]
+
+
+@posix
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_rows_of_runs_that_end_together(trained: Run, tmp_path: Path) -> None:
+    fstat = os.fstat
+
+    def slow_fstat(descriptor: int) -> os.stat_result:
+        found = fstat(descriptor)
+        time.sleep(0.02)
+        return found
+
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        children = []
+        for seed in range(16):
+            children.append(os.fork())
+            if children[-1] == 0:
+                os.fstat = slow_fstat
+                with contextlib.suppress(BaseException):
+                    program.append_run(folder, trained.metrics | {"config": {"seed": seed}}, 0)
+                os._exit(0)
+        for child in children:
+            os.waitpid(child, 0)
+        with open(folder / "runs.csv", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert sorted(row["seed"] for row in rows) == sorted(map(str, range(16)))
+        assert all(row["exit_code"] == "0" for row in rows)
+
+
+# Unattended runs: committees, several devices
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `one` and `two` of runs with seeds 1 and 2, and `both` of a run with both as members."""
+    folder = tmp_path_factory.mktemp("pair")
+    for name, flags in {"one": "--seed 1", "two": "--seed 2", "both": "--seed 1 --members 2"}.items():
+        flags = f"--model mlp --epochs 2 --no-plots --quiet {flags}"
+        assert program.main([*flags.split(), "--data", str(tiny), "--output-dir", str(folder / name)]) == 0
+    return folder
+
+
+def probabilities(model: Path, images: np.ndarray) -> np.ndarray:
+    import keras
+
+    return keras.models.load_model(model, compile=False).predict(images[..., None] / np.float32(255), verbose=0)
+
+
+def test_committee_is_one_plain_model(pair: Path, tiny: Path, arrays: Arrays, tmp_path: Path, capsys: Capture) -> None:
+    """Trained at once or joined later, it is the same; and a committee may be a member again."""
+    images, flags = arrays["x_test"], ("--data", tiny, "--no-plots", "--quiet", "--output-dir")
+    both = probabilities(pair / "both" / "model.keras", images)
+    assert both.shape == (300, 10)
+    assert call(capsys, *flags, tmp_path / "joined", "--combine", pair / "one", pair / "two")[0] == 0
+    joined = probabilities(tmp_path / "joined" / "model.keras", images)
+    np.testing.assert_allclose(joined, both, atol=2e-3)  # temperatures are fitted, not computed
+    one, joined_metrics = read_metrics(pair / "both"), read_metrics(tmp_path / "joined")
+    assert one["confusion_matrix"] == joined_metrics["confusion_matrix"]
+    assert one["parameters"] == joined_metrics["parameters"] == 2 * read_metrics(pair / "one")["parameters"]
+    assert call(capsys, *flags, tmp_path / "again", "--combine", tmp_path / "joined", pair / "one")[0] == 0
+    assert probabilities(tmp_path / "again" / "model.keras", images).sum(1) == pytest.approx(1, abs=1e-5)
+    assert call(capsys, *flags, tmp_path / "again", "--evaluate")[0] == 0
+
+
+def test_committees_that_cannot_be(
+    pair: Path, earlier: Path, tiny: Path, arrays: Arrays, tmp_path: Path, capsys: Capture
+) -> None:
+    import keras
+    from keras import layers
+
+    before = tree(earlier)
+    flags = "--data", tiny, "--output-dir", earlier, "--combine", pair / "one"
+    assert call(capsys, *flags)[0] == 2
+    for name in ("missing", "empty", "text", "foreign", "headless"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "missing").rmdir()
+    (tmp_path / "text" / "model.keras").write_text("no model")
+    head = [keras.Input((28, 28, 1)), layers.Flatten(), layers.Dense(10, activation="softmax")]
+    keras.Sequential(head).save(tmp_path / "foreign" / "model.keras")
+    keras.Sequential([keras.Input((28, 28, 1)), layers.Conv2D(10, 28), layers.Reshape((10,))]).save(
+        tmp_path / "headless" / "model.keras"
+    )
+    for name in ("missing", "empty", "text", "foreign", "headless"):
+        assert name in refused(capsys, *flags, tmp_path / name), name
+    np.savez(tmp_path / "other.npz", **(arrays | {"x_train": arrays["x_train"][::-1]}))
+    assert "other" in refused(capsys, *flags, pair / "two", "--data", tmp_path / "other.npz")
+    assert tree(earlier) == before
+
+
+@pytest.mark.slow
+def test_mirrored_strategy_learns_as_one_device_does(tiny: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, tensorflow as tf; cpu = tf.config.list_physical_devices('CPU')[0]\n"
+        "tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)\n"
+        "import mnist_digit_recognizer as program; sys.exit(program.main(sys.argv[1:]))"
+    )
+    accuracy = {}
+    for strategy in ("none", "mirrored", "auto"):
+        flags = f"--data {tiny} --epochs 5 --batch-size 64 --no-plots --strategy {strategy} --output-dir {strategy}"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags.split()],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        accuracy[strategy] = read_metrics(tmp_path / strategy)["test_accuracy"]
+    assert accuracy["none"] > 0.6
+    assert accuracy["mirrored"] == pytest.approx(accuracy["none"], abs=0.1)
+    assert accuracy["auto"] == accuracy["none"]
+
+
+# Hostile inputs
+
+HOSTILE_RUNNER = """
+import json, os, resource, signal, sys, tempfile, time, traceback
+import mnist_digit_recognizer as program
+
+def give_up(*_):
+    raise KeyboardInterrupt
+
+def peak():  # since the last call, in MiB
+    with open("/proc/self/status") as status:
+        most = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    return most // 1024
+
+signal.signal(signal.SIGALRM, give_up)
+resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))  # so that a fault costs this process alone
+commands, report = sys.argv[1:]
+program.import_tensorflow()
+import tensorflow
+tensorflow.get_logger().setLevel("ERROR")  # of many models in one process
+with open(report, "w") as answers:
+    for arguments in json.load(open(commands)):
+        with tempfile.TemporaryFile() as noise:
+            os.dup2(noise.fileno(), 2)
+            started = time.perf_counter()
+            signal.alarm(25)
+            peak()
+            try:
+                code = program.main(arguments)
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException:
+                code = None
+                traceback.print_exc()
+            signal.alarm(0)
+            sys.stderr.flush()
+            noise.seek(0)
+            answer = code, noise.read().decode(errors="replace"), time.perf_counter() - started, peak()
+        print(json.dumps(answer), file=answers, flush=True)
+"""
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory as Linux does")
+
+Case = tuple[str, list[object]]  # what is wrong, and the flags that name it
+
+
+def answers_of(commands: list[list[str]], folder: Path) -> Iterator[tuple[int | None, str, float, float]]:
+    """Run all commands in one process: of each the exit code, standard error, seconds and MiB."""
+    (folder / "commands.json").write_text(json.dumps(commands))
+    command = [sys.executable, "-c", HOSTILE_RUNNER, str(folder / "commands.json"), str(folder / "report")]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, check=False, timeout=1800
+    )
+    answers = [json.loads(line) for line in (folder / "report").read_text().splitlines()]
+    yield from answers
+    if len(answers) < len(commands):
+        yield None, f"the process ended with {done.returncode}", 0, 0
+
+
+def faults_of(cases: Sequence[Case], folder: Path) -> list[str]:
+    """Run all cases; say of which the end is not as documented: code, one line, 20 s, 2 GiB."""
+    more = ["--output-dir", str(folder / "results"), "--no-plots", "--quiet"]
+    answers = answers_of([[*map(str, flags), *more] for _, flags in cases], folder)
+    faults, before = [], 0.0
+    for (what, _), (code, err, seconds, memory) in zip(cases, answers, strict=False):
+        good = err == "" if code == 0 else code == 1 and err.startswith("error: ") and err.count("\n") == 1
+        if not good or seconds > 20 or memory > max(2048, before + 100):  # a case need not answer for those before it
+            faults.append(f"{what}: exit code {code}, {seconds:.0f} s, {memory} MiB, {err[-300:]!r}")
+        before = memory
+    return faults
+
+
+def damaged(content: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """One of many ways in which bytes go wrong."""
+    size = len(content)
+    start, end = sorted(draw.randrange(size) for _ in range(2))
+    end = min(end, start + 3000)
+    noise = draw.randbytes(end - start)
+    ways = {
+        "cut": content[:start],
+        "beginning lost": content[start:],
+        "bits flipped": bytes(
+            byte ^ (1 << draw.randrange(8)) if draw.random() < 5 / size else byte for byte in content
+        ),
+        "part lost": content[:start] + content[end:],
+        "part twice": content[:end] + content[start:],
+        "part zero": content[:start] + bytes(end - start) + content[end:],
+        "part noise": content[:start] + noise + content[end:],
+        "head noise": draw.randbytes(40) + content[40:],
+        "head flipped": bytes([content[0] ^ 1]) + content[1:],
+        "tail noise": content[:-60] + draw.randbytes(60),
+        "all noise": noise,
+    }
+    return draw.choice(list(ways.items()))
+
+
+ZEROS = 1 << 24
+
+
+def bomb(name: str, head: bytes, size: int) -> bytes:
+    """A zip archive with one member: `head`, and about `size` zeros that take no room."""
+    deflate = zlib.compressobj(1, zlib.DEFLATED, -15)
+    first = deflate.compress(head) + deflate.flush(zlib.Z_FULL_FLUSH)
+    block = deflate.compress(bytes(ZEROS)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    packed = first + block * (size // ZEROS) + deflate.flush()
+    plain = len(head) + size // ZEROS * ZEROS
+    fields = struct.pack("<5H3I2H", 20, 0, 8, 0, 33, 0, len(packed), min(plain, 2**32 - 2), len(name), 0)
+    local = b"PK\x03\x04" + fields + name.encode()
+    central = b"PK\x01\x02" + struct.pack("<H", 20) + fields + struct.pack("<3H2I", 0, 0, 0, 0, 0) + name.encode()
+    end = b"PK\x05\x06" + struct.pack("<4H2IH", 0, 0, 1, 1, len(central), len(local) + len(packed), 0)
+    return local + packed + central + end
+
+
+def with_members(archive: bytes, members: dict[str, bytes], path: Path) -> None:
+    """Write the archive, with further members."""
+    path.write_bytes(archive)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as more:
+        for name, content in members.items():
+            more.writestr(name, content)
+
+
+def npy(array: np.ndarray) -> bytes:
+    return npy_header(array.shape, array.dtype.str) + array.tobytes()
+
+
+def hostile_data(arrays: Arrays, folder: Path, count: int, rest: list[object]) -> list[Case]:
+    """Data sets, `count` of them damaged at random, and others made to hurt."""
+    draw, rng, paths = random.Random(1), np.random.default_rng(1), []
+    small = {key: array[:60] for key, array in arrays.items()}
+
+    def add(what: str, write: Callable[[Path], object], ending: str = ".npz") -> None:
+        path = folder / f"data{len(paths)}{ending}"
+        write(path)
+        paths.append((f"data {len(paths)}, {what}", ["--data", path, *rest]))
+
+    def archive(arrays: dict[str, np.ndarray], pack: bool) -> bytes:
+        (np.savez_compressed if pack else np.savez)(folder / "good.npz", **arrays)
+        return (folder / "good.npz").read_bytes()
+
+    for _ in range(count):
+        what, content = damaged(archive(small, draw.random() < 0.5), draw)
+        add(what, lambda path, content=content: path.write_bytes(content))
+    for _ in range(count // 2):
+        key = draw.choice(program.NPZ_KEYS)
+        dtype = draw.choice(["f2", "f8", "c16", "i8", "?", "S3", "U2", "M8[s]", "V5", "u1,f4", ">i2", "O"])
+        shape = draw.choice([(60, 28, 28), (60,), (), (0, 28, 28), (60, 28), (60, 28, 28, 1), (28, 28, 60), (1,) * 30])
+        array = np.zeros(shape, dtype) if draw.random() < 0.8 else rng.random(shape)
+        add(f"{key} {dtype} {shape}", lambda path, a=array, k=key: path.write_bytes(archive(small | {k: a}, True)))
+    headers = {
+        "no dict": b"()",
+        "nested": b"(" * 3000,
+        "nested lists": b"{'descr': " + b"[" * 90 + b"]" * 90 + b", 'fortran_order': False, 'shape': (60, 28, 28)}",
+        "negative": b"{'descr': '|u1', 'fortran_order': False, 'shape': (-60, -28, 28)}",
+        "float shape": b"{'descr': '|u1', 'fortran_order': False, 'shape': (60.0, 28, 28)}",
+        "call": b"{'descr': __import__('os').system('false'), 'fortran_order': False, 'shape': (60, 28, 28)}",
+        "no bytes": b"",
+        "zeros": bytes(60),
+        "digits": b"{'descr': '|u1', 'fortran_order': False, 'shape': (" + b"9" * 5000 + b",)}",
+        "values of 1 GB": b"{'descr': '|V1000000000', 'fortran_order': False, 'shape': (60, 28, 28)}",
+        "values of no size": b"{'descr': '|V0', 'fortran_order': False, 'shape': (1000000, 28, 28)}",
+    }
+    for what, header in headers.items():
+        head = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+        content = {f"{key}.npy": npy(array) for key, array in small.items()} | {"x_train.npy": head + bytes(1000)}
+        add(f"header: {what}", lambda path, content=content: with_members(b"", content, path))
+    others = {f"{key}.npy": npy(array) for key, array in small.items()}
+    for dtype, shape in (("|u1", (10**6, 28, 28)), ("<f8", (10**6, 28, 28)), ("|S8", (784 * 10**6,))):
+        for key in ("x_train", "y_train"):
+            rest_of_it = {name: content for name, content in others.items() if name != f"{key}.npy"}
+            zeros = bomb(f"{key}.npy", npy_header(shape, dtype), 4 << 30)
+            add(f"bomb {key} {dtype}", lambda path, z=zeros, r=rest_of_it: with_members(z, r, path))
+    add("an archive in an archive", lambda path: with_members(b"", {"x_train.npz": archive(small, True)}, path))
+    add("a folder", lambda path: path.mkdir())
+    add("an endless file", lambda path: path.symlink_to("/dev/zero"))
+    add("a pipe", os.mkfifo)
+    add("a link to itself", lambda path: path.symlink_to(path))
+
+    def idx_folder(path: Path, change: dict[str, bytes]) -> None:
+        write_idx(path, small, zipped=True)
+        for name, content in change.items():
+            (path / name).write_bytes(content)
+
+    zeros = gzip.compress(bytes(ZEROS), 1) * (780 * 10**6 // ZEROS)
+    heads = {"images": struct.pack(">4I", 2051, 10**6, 28, 28), "labels": struct.pack(">2I", 2049, 780 * 10**6)}
+    bombs = {}
+    for stem in program.IDX_NAMES:
+        what = stem.split("-")[1]
+        bombs[f"{stem}-{'idx3' if what == 'images' else 'idx1'}-ubyte.gz"] = gzip.compress(heads[what]) + zeros
+    add("IDX, all bombs", lambda path: idx_folder(path, bombs), "")
+    labels = {name: content for name, content in bombs.items() if "labels" in name}
+    add("IDX, labels are bombs", lambda path: idx_folder(path, labels), "")
+    for name in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"):
+        head = struct.pack(">4I", 2051, 2**32 - 1, 2**32 - 1, 2**32 - 1)
+        content = gzip.compress(head) if name.endswith("gz") else head
+        add("IDX, huge", lambda path, n=name, c=content: idx_folder(path, {n: c}), "")
+        add("IDX, pipe", lambda path, n=name: (idx_folder(path, {}), (path / n).unlink(True), os.mkfifo(path / n)), "")
+    for _ in range(count // 4):
+        stem = draw.choice(program.IDX_NAMES)
+        name = f"{stem}-{'idx3' if 'images' in stem else 'idx1'}-ubyte"
+        zipped = draw.random() < 0.5
+        plain = (write_idx(folder / "good", small) / name).read_bytes()
+        what, content = damaged(gzip.compress(plain, 1) if zipped else plain, draw)
+        change = {f"{name}{'.gz' if zipped else ''}": content}
+        add(f"IDX, {what}", lambda path, c=change: idx_folder(path, c), "")
+    return paths
+
+
+def hostile_models(good: Path, folder: Path, count: int, rest: list[object]) -> list[Case]:
+    """Model files, `count` of them damaged at random, and others made to hurt."""
+    import h5py
+    import keras
+    from keras import layers
+
+    draw, cases = random.Random(2), []
+
+    def add(what: str, write: Callable[[Path], object], flags: list[object] = rest) -> None:
+        path = folder / f"model{len(cases)}.keras"
+        write(path)
+        cases.append((f"model {len(cases)}, {what}", ["--model-file", path, *flags]))
+
+    with zipfile.ZipFile(good) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+
+    def pack(path: Path, **changed: bytes) -> None:
+        names = {"config": "config.json", "weights": "model.weights.h5", "metadata": "metadata.json"}
+        with_members(b"", parts | {names[key]: content for key, content in changed.items()}, path)
+
+    for _ in range(count):
+        what, content = damaged(good.read_bytes(), draw)
+        add(what, lambda path, c=content: path.write_bytes(c))
+        what, content = damaged(parts["model.weights.h5"], draw)
+        add(f"weights {what}", lambda path, c=content: pack(path, weights=c))
+    values = [None, -1, 0, 1, 2, 28, 4096, 4097, 10**30, 1e308, float("nan"), True, "", "relu", "x" * 10**5, [], {}]
+    values += [[4096, 4096], {"class_name": "Lambda"}, {"module": "keras.layers", "class_name": "Lambda", "config": {}}]
+    values += [{"module": "keras.layers", "class_name": "GRU", "config": {"units": 10}}, "../../../passwd", "float64"]
+    for _ in range(2 * count):
+        config = json.loads(parts["config.json"])
+        node, path = config, []
+        while isinstance(node, dict | list) and node and (len(path) < 4 or draw.random() < 0.8):
+            key = draw.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            path.append(key)
+            parent, node = node, node[key]
+        parent[key] = draw.choice(values)
+        text = json.dumps(config).encode()
+        add(f"config {path} = {str(parent[key])[:60]}", lambda path, text=text: pack(path, config=text))
+    texts = {
+        "deep": b"[" * 10**5 + b"]" * 10**5,
+        "deep objects": b'{"config":' * 10**5 + b"1" + b"}" * 10**5,
+        "a list": b"[]",
+        "a number": b"1" * 5000,
+        "nothing": b"",
+        "null": b"null",
+        "no text": b"\xff\xfe\x00",
+        "lambda": parts["config.json"].replace(b'"relu"', b'{"class_name": "__lambda__", "config": {"value": "4wA="}}'),
+    }
+    for what, text in texts.items():
+        add(f"config: {what}", lambda path, text=text: pack(path, config=text))
+    for name in parts:
+        add(f"without {name}", lambda path, n=name: with_members(b"", {k: v for k, v in parts.items() if k != n}, path))
+    add("bomb", lambda path: with_members(bomb("bomb", b"", 8 << 30), parts, path))
+    add("bomb for weights", lambda path: with_members(bomb("model.weights.h5", b"", 300 << 20), {}, path))
+    lies = bomb("model.weights.h5", b"", 3 << 30).replace(struct.pack("<I", 3 << 30), struct.pack("<I", 1 << 20))
+    add("bomb that says it is small", lambda path: with_members(lies, {"config.json": parts["config.json"]}, path))
+    add("a pipe", os.mkfifo)
+    add("endless", lambda path: path.symlink_to("/dev/zero"))
+
+    def h5(path: Path, write: Callable[[Any], object], fresh: bool = False) -> None:
+        temporary = path.with_suffix(".h5")
+        temporary.write_bytes(parts["model.weights.h5"])
+        with h5py.File(temporary, "w" if fresh else "a") as file:
+            write(file)
+        pack(path, weights=temporary.read_bytes())
+
+    def each(change: Callable[[Any, str, Any], object]) -> Callable[[Any], None]:
+        def write(file: Any) -> None:
+            found: list[str] = []
+            file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
+            for name in found:
+                parent = file[name].parent
+                change(parent, name.rpartition("/")[2], file[name][...])
+
+        return write
+
+    def anew(value: Callable[[np.ndarray], Any], **options: Any) -> Callable[[Any, str, Any], None]:
+        def change(parent: Any, name: str, old: np.ndarray) -> None:
+            del parent[name]
+            parent.create_dataset(name, data=value(old), **options)
+
+        return change
+
+    def linked(link: Any) -> Callable[[Any, str, Any], None]:
+        def change(parent: Any, name: str, old: np.ndarray) -> None:
+            del parent[name]
+            parent[name] = link
+
+        return change
+
+    weights = {
+        "not a number": each(anew(lambda old: np.full_like(old, np.nan))),
+        "infinite": each(anew(lambda old: np.full_like(old, np.inf))),
+        "largest": each(anew(lambda old: np.full_like(old, 3e38))),
+        "zero": each(anew(np.zeros_like)),
+        "text": each(anew(lambda old: np.full(old.shape, b"x"))),
+        "complex": each(anew(lambda old: old.astype(np.complex64))),
+        "other shape": each(anew(lambda old: old.ravel()[:-1])),
+        "linked in a circle": each(linked(h5py.SoftLink("/loop"))),
+        "linked outside": each(linked(h5py.ExternalLink("/etc/passwd", "/"))),
+        "huge elsewhere": lambda file: file.create_dataset("more", (10**12,), chunks=(10**6,), compression="gzip"),
+        "many huge": lambda file: [file.create_dataset(str(i), (10**7,), chunks=(10**6,)) for i in range(10)],
+    }
+    for what, write in weights.items():
+        add(f"weights: {what}", lambda path, w=write: h5(path, w))
+    add("weights: none", lambda path: h5(path, lambda file: None, fresh=True))
+
+    def softmax() -> list[Any]:
+        return [layers.Flatten(), layers.Dense(10, activation="softmax")]
+
+    def pooled() -> list[Any]:
+        return [layers.GlobalMaxPooling2D(), layers.Dense(10, activation="softmax")]
+
+    stacks = {
+        "no probabilities": [layers.Flatten(), layers.Dense(10)],
+        "large numbers": [layers.Flatten(), layers.Dense(10), layers.Rescaling(1e30)],
+        "zeros": [layers.Flatten(), layers.Dense(10), layers.Rescaling(0.0)],
+        "many channels": [layers.Conv2D(4096, 1), *pooled()],
+        "large padding": [layers.ZeroPadding2D(4000), *pooled()],
+        "large images": [layers.Resizing(4096, 4096), *pooled()],
+        "larger images": [layers.UpSampling2D(20), layers.UpSampling2D(20), *pooled()],
+        "deep": [*(layers.Conv2D(1, 1) for _ in range(60)), *softmax()],
+        "random": [layers.GaussianNoise(0.5), layers.Dropout(0.5), *softmax()],
+    }
+    for what, stack in stacks.items():
+        add(f"network: {what}", keras.Sequential([keras.Input((28, 28, 1)), *stack]).save)
+
+    def tiny_weights(path: Path, stack: list[Any]) -> None:
+        """The description of a model that may be too large to build here, with the weights of another."""
+        listed = [keras.saving.serialize_keras_object(layer) for layer in [layers.InputLayer((28, 28, 1)), *stack]]
+        inner = {"name": "hostile", "trainable": True, "layers": listed}
+        outer = {"module": "keras", "class_name": "Sequential", "registered_name": None, "config": inner}
+        pack(path, config=json.dumps(outer | {"build_config": {"input_shape": [None, 28, 28, 1]}}).encode())
+
+    unbuilt = {
+        "much wide": [layers.Flatten(), *(layers.Dense(4096) for _ in range(60)), *softmax()],
+        "large kernel": [layers.ZeroPadding2D(250), layers.Conv2D(512, 512), *pooled()],
+        "largest kernel": [layers.ZeroPadding2D(2100), layers.Conv2D(4096, 4096), *pooled()],
+        "wide after large": [layers.Conv2D(4096, 1), layers.Flatten(), layers.Dense(4096), *softmax()],
+    }
+    for what, stack in unbuilt.items():
+        add(f"network: {what}", lambda path, stack=stack: tiny_weights(path, stack))
+    beside = {
+        "a list": {"files": [[1]]},
+        "nested": {"files": {"model.keras": {}}, "dataset": []},
+        "no objects": {"training": 3, "dataset": 3, "files": {"model.keras": program.sha256_of_file(good)}},
+        "strange threshold": {"rejection_threshold": "x", "files": {"model.keras": program.sha256_of_file(good)}},
+        "no number": {"rejection_threshold": float("nan"), "files": {"model.keras": program.sha256_of_file(good)}},
+    }
+    for what, metrics in beside.items():
+        place = folder / what
+        place.mkdir()
+        shutil.copy(good, place / "model.keras")
+        (place / "metrics.json").write_text(json.dumps(metrics))
+        cases.append((f"metrics.json: {what}", ["--model-file", place / "model.keras", *rest]))
+        cases.append((f"metrics.json: {what}, --combine", ["--combine", place, good.parent, *rest[1:]]))
+    return cases
+
+
+def hostile_pictures(folder: Path, count: int) -> list[tuple[str, list[tuple[Path, bool]]]]:
+    """Groups of pictures: what they have in common, and of each whether it must be unreadable."""
+    from PIL import Image
+
+    draw, rng = random.Random(3), np.random.default_rng(3)
+    digit = np.kron(255 - program.synthetic_digits(1, seed=0)[0][0], np.ones((4, 4), np.uint8))
+    groups: dict[str, list[tuple[Path, bool]]] = {}
+
+    def add(group: str, name: str, content: bytes, unreadable: bool) -> None:
+        path = folder / f"{sum(map(len, groups.values()))}-{name}"
+        path.write_bytes(content)
+        groups.setdefault(group, []).append((path, unreadable))
+
+    def encoded(image: Any, kind: str, **options: Any) -> bytes:
+        stream = io.BytesIO()
+        image.save(stream, kind, **options)
+        return stream.getvalue()
+
+    grey = Image.fromarray(digit)
+    kinds = {"PNG": {}, "JPEG": {}, "BMP": {}, "GIF": {}, "WEBP": {}, "TIFF": {}}
+    for kind in kinds:
+        for index in range(max(1, count // 6)):
+            options = {"compression": "tiff_lzw" if index % 2 else "tiff_deflate"} if kind == "TIFF" else {}
+            what, content = damaged(encoded(grey, kind, **options), draw)
+            add("damaged", f"{what}.{kind.lower()}", content, False)
+    sides = (1, 1), (1, 2), (2, 1), (1, 3000), (3000, 1), (2, 30000), (3, 3), (8, 8), (7, 90), (65535, 1)
+    for height, width in sides:
+        for content in (np.zeros((height, width)), rng.integers(0, 256, (height, width)), np.eye(height, width) * 255):
+            add("shapes", f"{height}x{width}.png", encoded(Image.fromarray(content.astype(np.uint8)), "PNG"), False)
+    levels = {
+        "nan": np.full((40, 40), np.nan),
+        "inf": np.where(np.eye(40), np.inf, 0),
+        "huge": np.where(np.eye(40), 1e38, -1e38),
+        "tiny": np.where(np.eye(40), 1e-40, 0),
+        "mixed": rng.choice([np.nan, np.inf, -np.inf, 0, 1, 255], (40, 40)),
+    }
+    for name, values in levels.items():
+        add("shapes", f"{name}.tiff", encoded(Image.fromarray(values.astype(np.float32)), "TIFF"), False)
+    add("shapes", "deep.png", encoded(Image.fromarray(digit.astype(np.uint16) * 257), "PNG"), False)
+    add("shapes", "clear.png", encoded(Image.new("RGBA", (50, 50), (0, 0, 0, 0)), "PNG"), False)
+    for mode in ("1", "P", "CMYK", "YCbCr", "LAB", "HSV"):
+        image = Image.new(mode, (50, 50)) if mode in ("LAB", "HSV") else grey.convert(mode)
+        with contextlib.suppress(OSError):
+            add("shapes", f"{mode}.tiff", encoded(image, "TIFF"), False)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    def png(width: int, height: int, content: bytes, colour: int = 0) -> bytes:
+        header = struct.pack(">2I5B", width, height, 8, colour, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + content + chunk(b"IEND", b"")
+
+    zeros = chunk(b"IDAT", zlib.compress(bytes(1000)))
+    unreadable = {
+        "huge.png": png(100_000, 100_000, zeros),
+        "huger.png": png(2**31 - 1, 2**31 - 1, zeros),
+        "flat.png": png(0, 10, zeros),
+        "cut.png": png(50, 50, zeros[:20]),
+        "text.png": png(50, 50, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 27))) + zeros),
+        "profile.png": png(50, 50, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 27))) + zeros[:20]),
+        "vector.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "page.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9999 9999\n",
+        "archive.png": bomb("x.png", b"", 1 << 28),
+        "empty.png": b"",
+        "huge.bmp": b"BM" + struct.pack("<IHHIIiiHH6I", 100, 0, 0, 54, 40, 90000, 90000, 1, 24, *[0] * 6),
+        "huge.gif": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",\0\0\0\0" + b"\xff" * 4 + b"\0;",
+        "huge.tiff": b"II*\0\x08\0\0\0\x02\0" + struct.pack("<2H2I2H2I", 256, 4, 1, 90000, 257, 4, 1, 90000) + bytes(4),
+    }
+    for name, content in unreadable.items():
+        add("unreadable", name, content, True)
+    for colour, bands in ((0, 1), (2, 3), (6, 4)):
+        block = zlib.compressobj(1)
+        packed = block.compress(bytes(10_000 * (1 + 9_900 * bands))) + block.flush()
+        for _ in range(2):
+            add("of the largest size", f"{bands}.png", png(9_900, 10_000, chunk(b"IDAT", packed), colour), False)
+    floats = Image.new("F", (8_900, 8_900))
+    add("of the largest size", "floats.tiff", encoded(floats, "TIFF", compression="tiff_deflate"), False)
+    return list(groups.items())
+
+
+@linux
+@pytest.mark.parametrize(("count", "share"), [(16, 2), pytest.param(120, 1, marks=pytest.mark.slow)])
+def test_hostile_data(count: int, share: int, trained: Run, arrays: Arrays, tmp_path: Path) -> None:
+    rest = ["--evaluate", "--model-file", trained.folder / "model.keras"]
+    faults = faults_of(hostile_data(arrays, tmp_path, count, rest)[::share], tmp_path)
+    assert not faults, "\n" + "\n".join(faults)
+
+
+@linux
+@pytest.mark.parametrize(("count", "share"), [(4, 3), pytest.param(40, 1, marks=pytest.mark.slow)])
+def test_hostile_models(count: int, share: int, trained: Run, tiny: Path, tmp_path: Path) -> None:
+    cases = hostile_models(trained.folder / "model.keras", tmp_path, count, ["--evaluate", "--data", tiny])
+    faults = faults_of(cases[::share], tmp_path)
+    assert not faults, "\n" + "\n".join(faults)
+
+
+@linux
+@pytest.mark.parametrize("count", [24, pytest.param(300, marks=pytest.mark.slow)])
+def test_hostile_pictures(count: int, trained: Run, tmp_path: Path) -> None:
+    """A picture that cannot be read is a row of its own and a line of complaint; the others are read all the same."""
+    (tmp_path / "pictures").mkdir()
+    groups = hostile_pictures(tmp_path / "pictures", count)
+    model = ["--model-file", str(trained.folder / "model.keras")]
+    commands = [
+        ["--predict", *(str(path) for path, _ in pictures), *model, "--output-dir", str(tmp_path / what)]
+        for what, pictures in groups
+    ]
+    faults = []
+    for (what, pictures), (code, err, seconds, memory) in zip(groups, answers_of(commands, tmp_path), strict=False):
+        if code not in (0, 1) or "Traceback" in err:
+            faults.append(f"{what}: exit code {code}: {err[-500:]}")
+            continue
+        with open(tmp_path / what / "external_predictions.csv", newline="", encoding="utf-8") as stream:
+            verdicts = [row["verdict"] for row in csv.DictReader(stream)]
+        pairs = zip(pictures, verdicts, strict=True)
+        accepted = [path.name for (path, bad), verdict in pairs if bad and verdict != "unreadable"]
+        lines = err.splitlines()
+        noise = [line for line in lines if not line.startswith("error: ")]
+        if accepted or noise or len(lines) != verdicts.count("unreadable") or code != ("unreadable" in verdicts):
+            faults.append(f"{what}: exit code {code}, accepted {accepted}, noise {noise}, {len(lines)} lines")
+        if seconds > 20 or memory > 2048:
+            faults.append(f"{what}: {seconds:.0f} s, {memory} MiB")
+    assert not faults, "\n" + "\n".join(faults)
