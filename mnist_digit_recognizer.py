@@ -2231,25 +2231,29 @@ def plot_augmentation(path: Path, originals: np.ndarray, variants: np.ndarray, h
 
 
 def plot_training_curves(path: Path, history: list[dict[str, float]], dataset: str) -> None:
-    """Loss, accuracy and learning rate over the epochs."""
-    epochs = [row["epoch"] for row in history]
+    """Loss, accuracy and learning rate over the epochs; a line for each seed."""
+    seeds = sorted({row["seed"] for row in history})
     figure = new_figure(
         12,
         4.6,
-        f"Training on {dataset}: {len(epochs)} epochs",
-        "Training is measured on augmented images, under dropout and while the weights still change: "
-        "so validation can look better.",
+        f"Training on {dataset}: {len(history) // len(seeds)} epochs" + f", {len(seeds)} networks" * (len(seeds) > 1),
+        "Validation looks better than training, which is measured on augmented images while the weights still change.",
     )
-    loss, accuracy, rate = figure.subplots(1, 3)
-    for axes, name, title in ((loss, "loss", "loss (with label smoothing)"), (accuracy, "accuracy", "accuracy in %")):
-        scale = 100 if name == "accuracy" else 1
-        for key, label, colour in ((name, "training", ORANGE), (f"val_{name}", "validation", BLUE)):
-            axes.plot(epochs, [scale * row[key] for row in history], "o-", color=colour, label=label, markersize=4)
+    panels = (
+        ("loss (with label smoothing)", 1, [("loss", "training", ORANGE), ("val_loss", "validation", BLUE)]),
+        ("accuracy in %", 100, [("accuracy", "training", ORANGE), ("val_accuracy", "validation", BLUE)]),
+        ("learning rate at the end of the epoch", 1, [("learning_rate", "", MUTED)]),
+    )
+    for axes, (title, scale, lines) in zip(figure.subplots(1, 3), panels, strict=True):
+        for key, label, colour in lines:
+            for seed in seeds:
+                rows = [row for row in history if row["seed"] == seed]
+                values = [scale * row[key] for row in rows]
+                axes.plot([row["epoch"] for row in rows], values, "o-", color=colour, label=label, markersize=4)
+                label = ""  # one entry in the legend stands for all seeds
+        if lines[0][1]:
+            axes.legend(frameon=False)
         axes.set_title(title)
-        axes.legend(frameon=False)
-    rate.plot(epochs, [row["learning_rate"] for row in history], "o-", color=MUTED, markersize=4)
-    rate.set_title("learning rate at the end of the epoch")
-    for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
@@ -3141,7 +3145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except Stopped as stopped:
         number = stopped.args[0]
-        warn(f"stopped by {signal.Signals(number).name}; earlier results are untouched, and --resume goes on from here")
+        warn(f"stopped by {signal.Signals(number).name}; --resume goes on from the last finished epoch")
         return 128 + number
 
 

@@ -2501,6 +2501,7 @@ def test_bare_environment(home: str | None, tiny: Path, tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.slow
 def test_names_that_are_no_text(trained: Run, tiny: Path, tmp_path: Path) -> None:
     """A file name is any bytes; standard output may be ASCII."""
     name = os.fsdecode(b"\xff\xfe \xc3\xa9\n.")
