@@ -1159,10 +1159,10 @@ def test_synthetic_digits_are_framed_as_mnist_is(arrays: Arrays) -> None:
         inked = (images > 100).any(axis)
         extent = 28 - inked.argmax(1) - inked[:, ::-1].argmax(1)
         assert extent.max() <= 22
-    distance = np.abs(centres(images) - 13.5)
+    distance = np.abs(centres(images) - 14)
     assert np.quantile(distance, 0.95) < 1
     assert distance.max() < 2
-    assert np.abs(centres(images).mean(axis=0) - 13.5).max() < 0.3
+    assert np.abs(centres(images).mean(axis=0) - 14).max() < 0.3
 
 
 def test_synthetic_digits_are_a_function_of_their_seed() -> None:
