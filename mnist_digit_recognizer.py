@@ -2387,7 +2387,7 @@ def plot_external_predictions(
         )
     axes.set_xlim(0, width * max(across, 2))
     axes.set_ylim(-height * (rows - 1) - 1.1, 0.35)
-    axes.set_aspect("equal")
+    axes.set_aspect("equal", anchor="NW")
     figure.savefig(path)
 
 

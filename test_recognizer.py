@@ -2051,6 +2051,7 @@ def test_leftovers_do_not_cost_a_run(
 
 
 @posix
+@pytest.mark.slow
 def test_nothing_outside_is_changed_through_links(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
     outside, out = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()
