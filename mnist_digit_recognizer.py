@@ -441,8 +441,8 @@ def count_steps(images: int, batch_size: int) -> tuple[int, int, int]:
     """Batch size, steps per epoch, and steps per execution, of which an epoch has a whole number."""
     batch_size = min(batch_size, images)
     steps_per_epoch = images // batch_size
-    steps_per_execution = min(max(IMAGES_PER_EXECUTION // batch_size, 1), steps_per_epoch)
-    return batch_size, steps_per_epoch - steps_per_epoch % steps_per_execution, steps_per_execution
+    most = max(IMAGES_PER_EXECUTION // batch_size, 1)
+    return batch_size, steps_per_epoch, max(n for n in range(1, most + 1) if steps_per_epoch % n == 0)
 
 
 def training_set(split: Split, dataset: str, seed: int) -> tuple[np.ndarray, np.ndarray]:

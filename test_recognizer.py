@@ -936,6 +936,13 @@ def test_loss_that_is_nan(untouched: Path, tiny: Path) -> None:
     assert "--learning-rate" in refused(*flags, "--output-dir", untouched)
 
 
+@pytest.mark.parametrize("images", [1, 100, 3000, 10_000, 12_800, 58_320, 59_999])
+def test_an_epoch_leaves_out_less_than_a_batch(images: int) -> None:
+    batch_size, steps_per_epoch, steps_per_execution = program.count_steps(images, 128)
+    assert 0 <= images - steps_per_epoch * batch_size < batch_size
+    assert steps_per_epoch % steps_per_execution == 0
+
+
 def evaluation_of(labels: list[int], said: list[int], confidences: list[float]) -> program.Evaluation:
     """An Evaluation in which digit `said` has that confidence, and the other nine share the rest."""
     shares = np.repeat((1 - np.array(confidences))[:, None] / 9, 10, axis=1)
