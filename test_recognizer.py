@@ -1605,7 +1605,7 @@ def test_sigkill_at_any_time_leaves_old_or_new_results(earlier: Path, tiny: Path
         flags = "--data", tiny, "--model", "mlp", "--epochs", 2, "--seed", 1, "--output-dir", earlier
         with background(*flags, cwd=tmp_path, until=earlier) as process, contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(draw.uniform(0.2, 14))
-        call("--predict", tmp_path / "nowhere", "--output-dir", earlier)
+        refused("--evaluate", "--data", tmp_path / "nowhere", "--output-dir", earlier)  # the next start
         assert is_whole(earlier)
         assert published(earlier) == before or read_metrics(earlier)["config"]["seed"] == 1
 
@@ -1853,7 +1853,7 @@ def test_damaged_checkpoint_costs_its_epochs_only(
 
 
 @posix
-@pytest.mark.parametrize("size", [0, 2000, 45_000])
+@pytest.mark.parametrize("size", [0, 45_000])
 def test_full_disk_keeps_results(size: int, untouched: Path, tiny: Path) -> None:
     """Writing a file beyond this size fails."""
     import resource
@@ -1882,7 +1882,7 @@ def test_errors_of_the_disk_keep_results(
     assert publish(earlier)[0] == 0
 
 
-@pytest.mark.parametrize("line", ["images to train on", "epoch 1/1", "results  "])
+@pytest.mark.parametrize("line", ["epoch 1/1", "results  "])
 def test_folder_that_vanishes_during_the_run(line: str, tiny: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     say = print
 
