@@ -600,7 +600,7 @@ def predict_probabilities(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """uint8 (n, 28, 28) -> float64 (n, 10), rows sum to 1. Raises Failure where the output is not probabilities."""
     probabilities = model.predict(normalise(images), batch_size=500, verbose=0).astype(np.float64)
     if not (probabilities.min() >= 0 and np.allclose(probabilities.sum(axis=1), 1, atol=1e-3)):  # false for NaN too
-        raise Failure("the model's output is not probabilities (ten numbers from 0 to 1 that sum to 1); train it anew")
+        raise Failure("the model's output is not probabilities (ten numbers from 0 to 1 that sum to 1); train it again")
     return probabilities
 
 
@@ -886,7 +886,7 @@ def draw_ways(ways: Sequence[str], choices: np.ndarray, rng: np.random.Generator
 def trace_strokes(way: str, n: int, rng: np.random.Generator) -> np.ndarray:
     """Write one way n times, each time through slightly other points: -> (n, samples, 2) points along its curves."""
     strokes = [np.array([p.split(",") for p in stroke.split()], float) / 100 - 0.5 for stroke in way.split("/")]
-    # A point that two strokes share moves once, for both: strokes that meet go on meeting.
+    # A point that two strokes share moves once, for both: strokes that meet still do.
     places, which = np.unique(np.concatenate(strokes), axis=0, return_inverse=True)
     points = places + rng.normal(0, 0.02, (n, *places.shape))
     curves = []  # a spline is linear in its points, so that one matrix draws the curves of all images
@@ -1054,7 +1054,7 @@ def read_idx_folder(folder: Path) -> list[np.ndarray]:
 
 def read_idx(path: Path) -> np.ndarray:
     """One IDX file -> uint8, images (n, 28, 28) or labels (n,), by what its header says. Raises Failure."""
-    with blame(path, "copy it anew"), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
+    with blame(path, "copy it again"), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
         content = stream.read(MAX_BYTES)
         magic = int.from_bytes(content[:4], "big")
         dimensions = {0x0801: 1, 0x0803: 3}.get(magic)  # unsigned bytes in 1 and in 3 dimensions
@@ -1338,7 +1338,7 @@ def printable(path: Path) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results: output and errors, signals, and the output folder: its lock, results that appear together, checkpoints, saved
-# models, tables. These are the promises to runs that nobody watches.
+# models, tables. Runs without anybody watching depend on these.
 STAGING, READY, CHECKPOINTS = ".staging", ".ready", ".checkpoint"  # hidden folders in the output folder
 REPLACED = "replaced"  # in READY: the names of earlier files that have no successor there
 EVALUATED = (
@@ -1423,7 +1423,7 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, stop if handler != signal.SIG_IGN else handler)  # background jobs ignore SIGINT
         yield
     except Exception as error:
-        if received:  # a C extension that was being loaded has made an error of its own of it
+        if received:  # a C extension that was being loaded turns it into an error of its own
             raise Stopped(received[0]) from error
         raise
     finally:
@@ -1515,10 +1515,10 @@ def open_checkpoints(config: Config, digits: Digits, log: Log) -> Path:
     unfinished = read_json(folder / "run.json") if config.resume and not folder.is_symlink() else {}
     changed = [f"--{name.replace('_', '-')}" for name in identity if unfinished.get(name) != identity[name]]
     if unfinished and changed:
-        raise Failure(f"--resume: {changed[0]} is not as in the run that was stopped; give it as before, or start anew")
+        raise Failure(f"--resume: {changed[0]} is not as in the run that was stopped; give it as before, or start over")
     if not unfinished:
         if config.resume:
-            log("nothing to resume: starting anew")
+            log("nothing to resume: training starts from the beginning")
         remove(folder)
         folder.mkdir()
         write_json(folder / "run.json", identity)

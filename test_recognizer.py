@@ -334,7 +334,7 @@ def test_auto_without_network_takes_synthetic_digits(train: Train, untouched: Pa
 
 
 @pytest.mark.parametrize("why", ["no network", "stalls", pytest.param("no home", marks=posix)])
-def test_mnist_that_cannot_be_had(why: str, arrays: Arrays, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_mnist_that_is_unavailable(why: str, arrays: Arrays, tmp_path: Path, monkeypatch: Patch) -> None:
     """One line, and no progress bar; another data set in the cache is not taken for MNIST."""
     (tmp_path / "datasets").mkdir()
     np.savez(tmp_path / "datasets" / "mnist.npz", **arrays)
@@ -2036,7 +2036,7 @@ def test_ensemble_is_one_plain_model(pair: Path, tiny: Path, arrays: Arrays, tmp
     assert call(*flags, tmp_path / "again", "--evaluate")[0] == 0
 
 
-def test_ensembles_that_cannot_be(pair: Path, untouched: Path, tiny: Path, arrays: Arrays, tmp_path: Path) -> None:
+def test_refused_ensembles(pair: Path, untouched: Path, tiny: Path, arrays: Arrays, tmp_path: Path) -> None:
     """Of folders without a model, of models that do not fit, and calibrated on images a member was trained on."""
     import keras
     from keras import layers
