@@ -1469,7 +1469,7 @@ def stage_results(folder: Path, replaces: Iterable[str]) -> Iterator[Path]:
         yield staging
         (staging / REPLACED).write_text("\n".join(name for name in replaces if not (staging / name).exists()))
         flush_to_disk(*staging.iterdir(), staging)  # so that a power loss leaves all of them, or none
-        staging.rename(folder / READY)
+        os.rename(staging, folder / READY)
     finally:  # also where a signal came after the renaming
         with contextlib.suppress(OSError):
             remove(staging)

@@ -664,7 +664,7 @@ def test_odd_and_unreadable_pictures(mlp: Run, tmp_path: Path) -> None:
     for number, some in enumerate(floats):
         odd[f"float{number}.tif"] = rng.choice(np.array(some, np.float32), (40, 40))
     images = {name: Image.fromarray(levels) for name, levels in odd.items()}
-    images |= {"clear.png": Image.new("RGBA", (50, 50)), "YCbCr.tif": Image.new("YCbCr", (50, 50))}
+    images |= {"clear.png": Image.new("RGBA", (50, 50)), "CMYK.tif": Image.new("CMYK", (50, 50))}
     for name, image in images.items():
         image.save(tmp_path / name)
     for name, content in UNREADABLE.items():
