@@ -1685,8 +1685,7 @@ def train(config: Config, digits: Digits, results: Path, seconds: dict[str, floa
     """Train `--members` networks, each calibrated where they are several, and join them."""
     split = split_validation(digits, config.validation_split, config.train_limit)
     name = TITLES.get(digits.name, digits.name)
-    sizes = [f"{len(images):,}" for images in (split.x_train, split.x_validation, digits.test_images)]
-    log(f"{name}: {sizes[0]} images to train on, {sizes[1]} for validation, {sizes[2]} for the test")
+    log(f"{name}: {len(split.x_train):,} images to train on, {len(split.x_validation):,} to validate on")
     checkpoints = open_checkpoints(config, digits, log)
     models, history = [], []
     with timed(seconds, "training"):
