@@ -87,11 +87,10 @@ class Failure(Exception):
 # Configuration: flags -> settings. Every check that needs no data is made here, before TensorFlow loads.
 Config = argparse.Namespace  # the flags of a run, as `build_parser` lists them, and its job
 Log = Callable[[str], None]  # takes a line for the user
+RANGES = "rotation shift zoom shear elastic flip".split()
 # The flags that decide which weights a run ends with; a run may be resumed only with the same ones.
-WEIGHT_FLAGS = (
-    "rotation shift zoom shear elastic flip augment train_limit validation_split model epochs batch_size "
-    "learning_rate label_smoothing dropout patience seed members"
-).split()
+WEIGHT_FLAGS = RANGES + "augment train_limit validation_split model epochs batch_size learning_rate".split()
+WEIGHT_FLAGS += "label_smoothing dropout patience seed members".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -185,7 +184,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
         parser.error("--min-accuracy does not go with --predict, where the true digits are unknown")
     config.augment = config.augment or {"cnn": "fast", "mlp": "none"}[config.model]
     config.model_file = config.model_file or config.output_dir / "model.keras"
-    unused = {"fast": "", "keras": "elastic", "none": "rotation shift zoom shear elastic flip"}[config.augment].split()
+    unused = {"fast": [], "keras": ["elastic"], "none": RANGES}[config.augment]
     given = [f"--{name}" for name in unused if getattr(config, name) != parser.get_default(name)]
     if given and config.job == "train":
         warn(f"WARNING: under --augment {config.augment} these change nothing: {', '.join(given)}")
@@ -1046,9 +1045,10 @@ def read_idx_folder(folder: Path) -> list[np.ndarray]:
     for name in IDX_NAMES:
         spellings = f"{name}-ubyte", f"{name.replace('-idx', '.idx')}-ubyte"
         found = [folder / f"{spelling}{zipped}" for spelling in spellings for zipped in ("", ".gz")]
-        paths += [path for path in found if os.path.isfile(path)][:1]
-        if len(paths) <= IDX_NAMES.index(name):
+        found = [path for path in found if os.path.isfile(path)]
+        if not found:
             raise Failure(f"{folder}: has no {spellings[0]} (or .gz); --data takes the four IDX files of MNIST")
+        paths.append(found[0])
     return check_digits([read_idx(path) for path in paths], [str(path) for path in paths])
 
 
@@ -1131,17 +1131,20 @@ def scale(levels: np.ndarray, long_side: float) -> np.ndarray:
     return np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BILINEAR))
 
 
+def border_of(levels: np.ndarray) -> np.ndarray:
+    """The outermost rows and columns of a 2-D array, as one row."""
+    return np.r_[levels[0], levels[-1], levels[:, 0], levels[:, -1]]
+
+
 def along_border(labels: np.ndarray, count: int) -> np.ndarray:
     """Which of the connected components 1..count lie along the picture's border, as a table does: bool (count,)."""
-    border = np.r_[labels[0], labels[-1], labels[:, 0], labels[:, -1]]
-    return np.bincount(border, minlength=count + 1)[1:] > 0.3 * min(labels.shape)
+    return np.bincount(border_of(labels), minlength=count + 1)[1:] > 0.3 * min(labels.shape)
 
 
 def ink_is_dark(small: np.ndarray) -> bool:
     """Tell dark ink on light paper from light ink on dark, by the skew of the levels about those of the paper."""
     small = small.astype(np.float64)
-    border = np.r_[small[0], small[-1], small[:, 0], small[:, -1]]
-    paper = np.median(np.append(small, np.resize(border, small.size)))  # right where strokes are thick
+    paper = np.median(np.append(small, np.resize(border_of(small), small.size)))  # right where strokes are thick
     blurred = scipy.ndimage.gaussian_filter(small, max(1.5, max(small.shape) / 24))  # right where light is uneven
     skews = [(a * a * a).mean() / ((a * a).mean() ** 1.5 + 1e-9) for a in (small - paper, small - blurred)]
     return sum(skews) <= 0
@@ -1341,12 +1344,10 @@ def printable(path: Path) -> str:
 # models, tables. Runs without anybody watching depend on these.
 STAGING, READY, CHECKPOINTS = ".staging", ".ready", ".checkpoint"  # hidden folders in the output folder
 REPLACED = "replaced"  # in READY: the names of earlier files that have no successor there
-EVALUATED = (
-    "metrics.json predictions.csv predictions.png misclassified.png confusion_matrix.png calibration.png".split()
-)
+MEASURED = "metrics.json predictions.csv predictions.png misclassified.png confusion_matrix.png calibration.png".split()
 EXTERNAL = "external_predictions.csv external_predictions.png".split()
-RESULTS = "model.keras history.csv samples.png pixels.png augmentation.png training_curves.png".split()
-RESULTS += EVALUATED + EXTERNAL
+TRAINED = "model.keras history.csv samples.png pixels.png augmentation.png training_curves.png".split()
+RESULTS = TRAINED + MEASURED + EXTERNAL
 RUN_COLUMNS = "finished_at seed data test_accuracy test_loss seconds exit_code".split()
 MAX_MODEL_BYTES = 1 << 30
 FOREIGN_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "FlaxLayer", "JaxLayer", "__lambda__", "function")
@@ -1651,7 +1652,7 @@ def run_job(config: Config) -> int:
     started, seconds = time.time(), {}
     log = (lambda line: None) if config.quiet else say
     job = {"train": train, "combine": combine, "evaluate": evaluate}[config.job]
-    with stage_results(config.output_dir, EVALUATED if job is evaluate else RESULTS) as results:
+    with stage_results(config.output_dir, MEASURED if job is evaluate else RESULTS) as results:
         with timed(seconds, "startup"):
             importlib.import_module("tensorflow")
         with timed(seconds, "data"):
@@ -1668,10 +1669,8 @@ def run_job(config: Config) -> int:
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(results.iterdir())}
         about["files"] = about.get("files", {}) | checksums
         timings = {"timings_seconds": seconds | {"total": time.time() - started}}
-        dates = {
-            "started_at": time.strftime(UTC, time.gmtime(started)),
-            "finished_at": time.strftime(UTC, time.gmtime()),
-        }
+        started_at, finished_at = (time.strftime(UTC, time.gmtime(moment)) for moment in (started, time.time()))
+        dates = {"started_at": started_at, "finished_at": finished_at}
         metrics = describe_run(config, digits, model, evaluation) | about | timings | dates
         write_json(results / "metrics.json", metrics)
     if job is train:
@@ -1730,7 +1729,7 @@ def evaluate(config: Config, digits: Digits, results: Path, seconds: dict[str, f
     model, own = load_model(config.model_file), metrics_of_model(config.model_file)
     here = read_json(config.output_dir / "metrics.json")
     keys = ("validation_accuracy", "validation_loss", "temperature", "rejection_threshold")
-    files = {name: checksum for name, checksum in here.get("files", {}).items() if name not in EVALUATED}
+    files = {name: checksum for name, checksum in here.get("files", {}).items() if name not in MEASURED}
     about = {key: own.get(key) for key in keys} | {"training": here.get("training", here), "files": files}
     return model, None, about
 
@@ -1809,13 +1808,14 @@ def describe_run(config: Config, digits: Digits, model: keras.Model, evaluation:
     """How good the model is, and on which data, under which flags and versions and in how much memory it ran."""
     packages = {module.__name__: module.__version__ for module in (tf, keras, np, matplotlib)}
     sizes = {"training_images": len(digits.train_images), "test_images": len(digits.test_images)}
+    matrix = confusion_matrix(evaluation)
     return {
         "test_accuracy": evaluation.correct.mean(),
         "test_loss": cross_entropy(evaluation),
         "test_errors": int((~evaluation.correct).sum()),
         "expected_calibration_error": expected_calibration_error(evaluation),
-        "confusion_matrix": confusion_matrix(evaluation).tolist(),
-        "per_digit": per_digit(confusion_matrix(evaluation)),
+        "confusion_matrix": matrix.tolist(),
+        "per_digit": per_digit(matrix),
         "parameters": model.count_params(),
         "dataset": {"name": digits.name, "origin": digits.origin, "sha256": digits.sha256} | sizes,
         "config": vars(config),
