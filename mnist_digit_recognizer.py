@@ -400,16 +400,11 @@ def build_model(name: str, dropout: float, seed: int) -> keras.Model:
 
 
 def add_test_time_augmentation(model: keras.Model) -> keras.Model:
-    """A model that averages the logits of the image as it is and moved by a pixel up, down, left and right."""
-    # Training does without: it moves images anyway, and would take five times as long.
-    inputs = keras.Input((28, 28, 1))
+    """A model that averages the logits of the image moved by a pixel up and left, and down and right."""
+    # Two moves bring what nine do, the image as it is among them. Training does without: it moves images anyway.
+    inputs, one_look = keras.Input((28, 28, 1)), keras.Model(model.inputs, model.layers[-1].input, name="one_look")
     padded = keras.layers.ZeroPadding2D(1)(inputs)
-    logits = []
-    for top, left in ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2)):
-        outputs = keras.layers.Cropping2D(((top, 2 - top), (left, 2 - left)))(padded)
-        for layer in model.layers[:-1]:  # all but the softmax
-            outputs = layer(outputs)
-        logits.append(outputs)
+    logits = [one_look(keras.layers.Cropping2D((margins, margins))(padded)) for margins in ((0, 2), (2, 0))]
     return keras.Model(inputs, keras.layers.Softmax()(keras.layers.Average()(logits)), name=model.name)
 
 
@@ -599,7 +594,7 @@ class Evaluation(NamedTuple):
 
 def predict_probabilities(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """uint8 (n, 28, 28) -> float64 (n, 10), rows sum to 1. Raises Failure where the output is not probabilities."""
-    probabilities = model.predict(normalise(images), batch_size=500, verbose=0).astype(np.float64)
+    probabilities = model.predict(normalise(images), batch_size=100, verbose=0).astype(np.float64)
     if not (probabilities.min() >= 0 and np.allclose(probabilities.sum(axis=1), 1, atol=1e-3)):  # false for NaN too
         raise Failure("the model's output is not probabilities (ten numbers from 0 to 1 that sum to 1); train it again")
     return probabilities
