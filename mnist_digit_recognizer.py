@@ -278,6 +278,7 @@ def split_validation(digits: Digits, validation_split: float, train_limit: int |
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation: a batch -> a batch, new images out of old ones
 # Random numbers are a function of (seed, step) alone, so that a run on a CPU can be repeated, or resumed, exactly.
+NUMPY_RANDOM = threading.Lock()  # NumPy's one global generator, which ImageDataGenerator seeds and draws from
 
 
 def augmentation(config: Config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
@@ -372,7 +373,8 @@ def augment_keras(config: Config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
     def transform(images: np.ndarray, seed: np.ndarray) -> np.ndarray:
         seeds = np.random.default_rng(seed.view(np.uint32)).integers(2**32, size=len(images))
-        return np.stack([generator.random_transform(image, each) for image, each in zip(images, seeds, strict=True)])
+        with NUMPY_RANDOM:
+            return np.stack([generator.random_transform(*pair) for pair in zip(images, seeds, strict=True)])
 
     return lambda images, seed: tf.ensure_shape(tf.numpy_function(transform, [images, seed], tf.float32), images.shape)
 
@@ -472,12 +474,10 @@ def training_batches(images: np.ndarray, targets: np.ndarray, config: Config, se
         batch = tf.cast(tf.gather(images, indices), tf.float32)[..., tf.newaxis] / 255
         return augment(batch, tf.stack([seed, step])), tf.gather(targets, indices)
 
-    # ImageDataGenerator draws from NumPy's one global generator, so its calls must not run side by side.
-    parallel = 1 if config.augment == "keras" else os.cpu_count()
     options = tf.data.Options()
     options.autotune.enabled = False  # it finds nothing better here, and takes seconds to shut down
     epochs = tf.data.Dataset.from_tensor_slices(tf.range(start, config.epochs))
-    batches = epochs.flat_map(indices_of_epoch).map(batch_of_indices, parallel, deterministic=True)
+    batches = epochs.flat_map(indices_of_epoch).map(batch_of_indices, os.cpu_count(), deterministic=True)
     return batches.prefetch(steps_per_execution).with_options(options)
 
 
@@ -664,6 +664,7 @@ def calibrate(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> tup
 # ---------------------------------------------------------------------------------------------------------------------
 # Plots: plain arrays -> one PNG each. `path` is always the PNG to write.
 INK, MUTED, BLUE, ORANGE, RED = "#1a1a1a", "#6b6b6b", "#1f6fb4", "#e07b1a", "#c0392b"
+IN_CELL = {"ha": "center", "va": "center", "in_layout": False}  # the layout need not measure hundreds of texts
 
 
 @contextlib.contextmanager
@@ -718,7 +719,7 @@ def plot_pixels(path: Path, image: np.ndarray, label: int) -> None:
         show_image(axes["numbers"], image)
         for (row, column), value in np.ndenumerate(image):
             shade = "black" if value > 140 else "#8f8f8f" if value == 0 else "white"
-            axes["numbers"].text(column, row, str(value), ha="center", va="center", fontsize=6.2, color=shade)
+            axes["numbers"].text(column, row, str(value), fontsize=6.2, color=shade, **IN_CELL)
         show_image(axes["grey"], image, "grey: 28 x 28 x 1")
         show_image(axes["colour"], colour, "colour: 28 x 28 x 3")
         for channel, name in enumerate(("red", "green", "blue")):
@@ -769,8 +770,8 @@ def plot_confusion_matrix(path: Path, evaluation: Evaluation, title: str) -> Non
             errors = values * ~np.eye(10, dtype=bool)
             axes.imshow(errors, cmap="Reds", vmin=0, vmax=max(errors.max() * 1.6, 1e-9))
             for (row, column), value in np.ndenumerate(values):
-                style = {"ha": "center", "va": "center", "fontweight": "bold" if row == column else "normal"}
-                axes.text(column, row, format(value, form) if value else "", fontsize=9.5, **style)
+                text, weight = format(value, form) if value else "", "bold" if row == column else "normal"
+                axes.text(column, row, text, fontsize=9.5, fontweight=weight, **IN_CELL)
             axes.set(xticks=range(10), yticks=range(10), xlabel="prediction", ylabel="label", title=name)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
@@ -831,10 +832,11 @@ def draw_card(axes: matplotlib.axes.Axes, card: Card, left: float, right: float,
         box = middle - wide, middle + wide, top - 0.5 - tall, top - 0.5 + tall
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=box, interpolation="nearest")
     axes.plot([right - 1.16, right], [top - 0.9] * 2, color=MUTED, linewidth=0.6)
-    for digit, probability in enumerate(probabilities):
-        place = right - 1.1 + 0.115 * digit
-        axes.bar(place, 0.88 * probability, 0.1, top - 0.9, color=BLUE if digit == chosen else ORANGE)
-        axes.text(place, top - 0.92, str(digit), fontsize=7, ha="center", va="top", color=MUTED)
+    places = right - 1.1 + 0.115 * np.arange(10)
+    colours = [BLUE if digit == chosen else ORANGE for digit in range(10)]
+    axes.vlines(places, top - 0.9, top - 0.9 + 0.88 * probabilities, colours, linewidth=7.2)
+    style = {"family": "monospace", "fontsize": 6.88, "color": MUTED}  # in which two characters are 0.115 inches wide
+    axes.text(places.mean(), top - 0.92, " ".join("0123456789"), ha="center", va="top", **style)
 
 
 def cards_of(images: np.ndarray, evaluation: Evaluation, chosen: Iterable[int]) -> list[Card]:
@@ -1684,7 +1686,8 @@ def train(config: Config, digits: Digits, results: Path, seconds: dict[str, floa
     log(f"{name}: {len(split.x_train):,} images to train on, {len(split.x_validation):,} to validate on")
     checkpoints = open_checkpoints(config, digits, log)
     models, history = [], []
-    with timed(seconds, "training"):
+    with timed(seconds, "training"), ThreadPoolExecutor(1) as beside:
+        drawing = beside.submit(write_data_plots, results, split, config, name) if config.plots else None
         for seed in range(config.seed, config.seed + config.members):
             with strategy_scope(config.strategy):
                 model = build_model(config.model, config.dropout, seed)
@@ -1695,9 +1698,9 @@ def train(config: Config, digits: Digits, results: Path, seconds: dict[str, floa
                 calibrate(models[-1], split.x_validation, split.y_validation)
     with timed(seconds, "plots"):
         write_csv(results / "history.csv", [history[0], *(row.values() for row in history)])
-        if config.plots:
+        if drawing:
+            drawing.result()
             plot_training_curves(results / "training_curves.png", history, name)
-            write_data_plots(results, split, config, name)
     speed = sum(row["images"] for row in history) / sum(row["seconds"] for row in history)
     model = models[0] if config.members == 1 else build_ensemble(models)
     return model, split, {"training_images_per_second": speed}
