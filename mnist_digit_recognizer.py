@@ -76,7 +76,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512,
 libraries = "keras scipy tensorflow matplotlib PIL.Image PIL.ImageOps".split()
 keras, scipy, tf, matplotlib, Image, ImageOps = map(LazyModule, libraries)
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -1686,9 +1686,9 @@ def run_job(config: Config) -> int:
             write_evaluation(results, digits, evaluation, config)
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(results.iterdir())}
         about["files"] = about.get("files", {}) | checksums
-        timings = {"timings_seconds": seconds | {"total": time.time() - started}}
-        started_at, finished_at = (time.strftime(UTC, time.gmtime(moment)) for moment in (started, time.time()))
-        dates = {"started_at": started_at, "finished_at": finished_at}
+        moments = {"started_at": started, "finished_at": time.time()}
+        dates = {name: time.strftime(UTC, time.gmtime(moment)) for name, moment in moments.items()}
+        timings = {"timings_seconds": seconds | {"total": moments["finished_at"] - started}}
         metrics = describe_run(config, digits, model, evaluation) | about | timings | dates
         write_json(results / "metrics.json", metrics)
     if job is train:
