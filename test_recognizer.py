@@ -936,6 +936,36 @@ def test_loss_that_is_nan(untouched: Path, tiny: Path) -> None:
     assert "--learning-rate" in refused(*flags, "--output-dir", untouched)
 
 
+def test_steps_of_the_optimizer() -> None:
+    """A kernel's step is nearly orthogonal, however uneven its gradient; the last layer and vectors follow Adam."""
+    import keras
+
+    shapes, rng = [(3, 3, 8, 16), (72, 16), (16, 10), (16,)], np.random.default_rng(0)
+    gradients = [(rng.normal(size=shape) * np.linspace(0.1, 1, shape[-1])).astype("f") for shape in shapes]
+    variables = [keras.Variable(np.zeros(shape, "f")) for shape in shapes]
+    program.make_optimizer(0.01).apply(gradients, variables)
+    steps = [-variable.numpy() / 0.01 for variable in variables]
+    for gradient, step in zip(gradients[:2], steps[:2], strict=True):
+        spread = [np.linalg.svd(array.reshape(72, 16), compute_uv=False) for array in (gradient, step)]
+        assert spread[0].max() > 5 * spread[0].min()
+        assert spread[1].max() < 2 * spread[1].min()
+        assert (gradient * step).sum() > 0
+        assert np.sqrt(np.square(step).mean()) == pytest.approx(0.2, rel=0.3)
+    for gradient, step in zip(gradients[2:], steps[2:], strict=True):
+        assert step == pytest.approx(np.sign(gradient), abs=1e-3)
+
+
+def test_test_time_augmentation() -> None:
+    """The normalised geometric mean of what the network says of the image moved up and left, and down and right."""
+    network = program.build_model("cnn", 0, 0)
+    image = np.random.default_rng(0).integers(256, size=(1, 28, 28)).astype(np.uint8)
+    image[:, [0, -1]] = image[:, :, [0, -1]] = 0
+    moved = np.concatenate([np.roll(image, (step, step), (1, 2)) for step in (-1, 1)])
+    mean = np.exp(np.log(program.predict_probabilities(network, moved)).mean(axis=0))
+    found = program.predict_probabilities(program.add_test_time_augmentation(network), image)
+    assert found[0] == pytest.approx(mean / mean.sum(), rel=1e-4)
+
+
 @pytest.mark.parametrize("images", [1, 100, 3000, 10_000, 12_800, 58_320, 59_999])
 def test_an_epoch_leaves_out_less_than_a_batch(images: int) -> None:
     batch_size, steps_per_epoch, steps_per_execution = program.count_steps(images, 128)
@@ -1182,6 +1212,28 @@ def test_default_run(default_run: Run) -> None:
     assert_pictures(default_run.folder)
     code = "import keras, sys; sys.exit(keras.models.load_model('model.keras').output_shape != (None, 10))"
     subprocess.run([sys.executable, "-c", code], cwd=default_run.folder, check=True)  # without this program
+    seconds = metrics["timings_seconds"]
+    assert seconds["evaluation"] + seconds["plots"] < 0.1 * seconds["total"]
+
+
+@needs_mnist
+@pytest.mark.slow
+@pytest.mark.parametrize("look", ["inverted", "grey ground", "shadow", "blurred", "noisy"])
+def test_looks_that_mnist_does_not_have(look: str, default_run: Run) -> None:
+    """Training shows digits in another light than MNIST does."""
+    digits = program.load_digits(MNIST)
+    ink, rng = digits.test_images[:1000] / 255, np.random.default_rng(0)
+    slope = np.linspace(0, 0.6, 28)
+    looks = {
+        "inverted": 1 - ink,
+        "grey ground": 0.5 + 0.5 * ink,
+        "shadow": slope + (1 - slope) * ink,
+        "blurred": ndimage.gaussian_filter(ink, (0, 1, 1)),
+        "noisy": ink + rng.normal(0, 0.2, ink.shape),
+    }
+    images = np.round(255 * looks[look].clip(0, 1)).astype(np.uint8)
+    predictions = probabilities(default_run.model, images).argmax(axis=1)
+    assert (predictions == digits.test_labels[:1000]).mean() > 0.9
 
 
 # Pictures
