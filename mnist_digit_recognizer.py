@@ -1434,7 +1434,15 @@ def stop_on_signals() -> Iterator[None]:
         received.append(number)
         for each in before:
             signal.signal(each, signal.SIG_DFL)
+        if hasattr(signal, "setitimer"):  # not on Windows
+            signal.signal(signal.SIGALRM, stop_again)
+            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
         raise Stopped(number)
+
+    def stop_again(number: int, frame: Any) -> None:
+        # Python drops what is raised while it frees an object, as it often does among imports, and the run would go on.
+        if not isinstance(sys.exc_info()[1], Stopped):  # else it is tidying up
+            raise Stopped(received[0])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1446,6 +1454,8 @@ def stop_on_signals() -> Iterator[None]:
             raise Stopped(received[0]) from error
         raise
     finally:
+        if received and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

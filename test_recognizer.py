@@ -1792,6 +1792,31 @@ def test_a_signal_that_becomes_another_error_is_still_a_signal(
 
 
 @posix
+def test_a_signal_that_is_dropped_comes_again(untouched: Path, tiny: Path, monkeypatch: Patch) -> None:
+    """Python drops what is raised while it frees an object; nothing is raised a second time into the tidying up."""
+    load, tidied = program.load_digits, []
+
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def load_digits(source: str) -> program.Digits:
+        try:
+            Freed()
+            time.sleep(5)
+            return load(source)
+        finally:
+            time.sleep(1.5)
+            tidied.append(source)
+
+    monkeypatch.setattr(program, "load_digits", load_digits)
+    monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)  # pytest's own fails the test
+    code, _, err = call("--data", tiny, "--output-dir", untouched)
+    assert (code, tidied) == (130, [str(tiny)])
+    assert "SIGINT" in only_line(err)
+
+
+@posix
 @pytest.mark.slow
 def test_a_signal_is_heard_within_a_long_step(tmp_path: Path) -> None:
     """Large batches keep TensorFlow away from Python for long; a signal does not wait for the end of the epoch."""
