@@ -431,7 +431,7 @@ def build_ensemble(members: Sequence[keras.Model]) -> keras.Model:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: model + data -> history
-NON_DIGIT_SHARE, DRAWN_SHARE = 0.05, 0.03  # added to the training images, as shares of them
+NON_DIGIT_SHARE, DRAWN_SHARE = 0.12, 0.04  # added to the training images, as shares of them
 IMAGES_PER_EXECUTION = 2048  # in one call of `fit`: more of them cost less overhead, fewer see a signal sooner
 Row = dict[str, float]  # of history.csv: one epoch
 
@@ -1007,8 +1007,22 @@ def corrupt_digits(images: np.ndarray, labels: np.ndarray, n: int, rng: np.rando
     first, second = rng.integers(len(images), size=(2, 10 * n + 100))  # about one pair in eight may be spliced
     fit = np.resize(np.flatnonzero(np.isin(10 * labels[first].astype(int) + labels[second], SPLICES)), splices)
     spliced = np.concatenate([images[first[fit], :14], images[second[fit], 14:]], axis=1)
-    squeezed = squeeze(images[np.concatenate([first[:pairs], second[:pairs]])])
-    return rng.permutation(np.concatenate([turned, spliced, squeezed]))
+    squeezed = squeeze(images[np.concatenate([first[: pairs // 4], second[: pairs // 4]])])
+    miscut = [cut_between(*images[pair], rng) for pair in np.stack([first, second], 1)[pairs // 4 : pairs]]
+    miscut = np.reshape(miscut, (-1, 28, 28)).astype(np.uint8)  # also where there are none
+    return rng.permutation(np.concatenate([turned, spliced, squeezed, miscut]))
+
+
+def cut_between(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Write two uint8 (28, 28) digits side by side, and cut out more than one of them, or no whole one: (28, 28)."""
+    left, right = (image[:, np.flatnonzero(image.max(axis=0) > 50)] for image in (left, right))
+    place = max(0, left.shape[1] + rng.integers(-3, 4))  # of the second, which may touch the first
+    row = np.zeros((28, place + right.shape[1] + 3), np.float32)
+    row[:, : left.shape[1]] = left
+    row[:, place : place + right.shape[1]] = np.maximum(row[:, place : place + right.shape[1]], right)
+    start, stop = rng.uniform(0.3, 0.7) * left.shape[1], place + rng.uniform(0.3, 0.7) * right.shape[1]
+    start, stop = ((0, stop), (start, row.shape[1]), (start, stop), (0, row.shape[1]))[rng.integers(4)]
+    return frame_digit(row[:, int(start) : math.ceil(stop)] / 255)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1259,7 +1273,11 @@ def segment_ink(grey: np.ndarray) -> np.ndarray:
 
 def picture_to_digit(grey: np.ndarray) -> np.ndarray:
     """Turn a grey picture into one like MNIST's: uint8 (28, 28), light on black, centred by mass; all 0 if blank."""
-    ink = segment_ink(grey)
+    return frame_digit(segment_ink(grey))
+
+
+def frame_digit(ink: np.ndarray) -> np.ndarray:
+    """Crop ink, float32 (height, width) in [0, 1], fit it in a box and centre it by mass: uint8 (28, 28)."""
     boxes = scipy.ndimage.find_objects(np.uint8(ink > 0.15))
     if not boxes:
         return np.zeros((DIGIT_SIDE, DIGIT_SIDE), np.uint8)
