@@ -9,6 +9,7 @@
 
     python mnist_digit_recognizer.py                             # train on MNIST, results in outputs/
     python mnist_digit_recognizer.py --predict my_digits/        # then: which digits are these?
+    python mnist_digit_recognizer.py --read letter.jpg           # and which numbers are in this picture?
 
 The core comes first: what the default run does, in the order in which data flows through it.
     Configuration   flags -> settings, checked before anything slow is loaded
@@ -24,6 +25,7 @@ The parts that support it come second, because the core can be read without them
     Drawn digits    strokes -> images of digits, where there is no data set, and of non-digits to train on
     Data files      .npz and IDX files and the download of MNIST -> checked arrays
     Pictures        your own image files -> 28 x 28 digits as MNIST would have made them -> what the network says
+    Numbers         a picture of several digits -> lines of candidates for digits -> the numbers in it
     Results         the output folder: signals, lock, publishing, checkpoints, saved models, tables
     Main            the jobs; it joins all parts, so it comes after them
     Appendix        the stroke tables, which need not be read
@@ -35,6 +37,7 @@ import argparse
 import contextlib
 import csv
 import faulthandler
+import functools
 import gzip
 import hashlib
 import importlib
@@ -76,7 +79,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512,
 libraries = "keras scipy tensorflow matplotlib PIL.Image PIL.ImageOps".split()
 keras, scipy, tf, matplotlib, Image, ImageOps = map(LazyModule, libraries)
 
-VERSION = "1.2.0"
+VERSION = "1.3.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -168,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--combine", "join the models of earlier runs in these folders", type=Path, nargs="+", metavar="DIR")
     add("--evaluate", "measure --model-file on the test images of --data", action="store_true")
     add("--predict", "recognise image files, or all in a folder", type=Path, nargs="+", metavar="PATH")
+    add("--read", "read all the numbers in image files, or in all of a folder", type=Path, nargs="+", metavar="PATH")
     return parser
 
 
@@ -175,15 +179,15 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     """Flags -> Config. Exits with code 2 where they are wrong; warns of augmentation flags without effect."""
     parser = build_parser()
     config = parser.parse_args(arguments)
-    config.job = next((job for job in ("combine", "evaluate", "predict") if getattr(config, job)), "train")
-    if config.model_file and config.job not in ("evaluate", "predict"):
-        parser.error("--model-file goes with --evaluate or --predict; a training run always makes a new model")
+    config.job = next((job for job in ("combine", "evaluate", "predict", "read") if getattr(config, job)), "train")
+    if config.model_file and config.job in ("train", "combine"):
+        parser.error("--model-file goes with --evaluate, --predict or --read; a training run always makes a new model")
     if config.combine and (len(config.combine) < 2 or config.output_dir.resolve() in map(Path.resolve, config.combine)):
         parser.error("--combine needs two or more folders, and an --output-dir that is none of them")
     if config.resume and config.job != "train":
         parser.error("--resume goes with a training run only")
-    if config.min_accuracy is not None and config.predict:
-        parser.error("--min-accuracy does not go with --predict, where the true digits are unknown")
+    if config.min_accuracy is not None and config.job in ("predict", "read"):
+        parser.error(f"--min-accuracy does not go with --{config.job}, where the true digits are unknown")
     config.augment = config.augment or {"cnn": "fast", "mlp": "none"}[config.model]
     config.model_file = config.model_file or config.output_dir / "model.keras"
     unused = {"fast": [], "keras": ["elastic"], "none": RANGES}[config.augment]
@@ -868,6 +872,22 @@ def cards_of(images: np.ndarray, evaluation: Evaluation, chosen: Iterable[int]) 
     return cards
 
 
+def plot_numbers(path: Path, pictures: Sequence[tuple[str, np.ndarray, list]]) -> None:
+    """Pictures, three a row: a title, uint8 (height, width), and the numbers: text, corners, doubtful boxes."""
+    down = max(math.ceil(len(pictures) / 3), 1)
+    subtitle = "A box at each number, and above it how it was read. Red: a doubtful digit."
+    with new_figure(path, 12, 3.2 * down + 1.0, "The numbers in your pictures", subtitle) as figure:
+        places = figure.subplots(down, 3).ravel()
+        for axes in places:
+            axes.set_axis_off()
+        for axes, (name, image, marks) in zip(places, pictures, strict=False):
+            show_image(axes, image, name)
+            for text, ((left, top), (right, bottom)), doubtful in marks:
+                axes.text(left, top, text, fontsize=10, fontweight="bold", color=BLUE, va="bottom")
+                for colour, (a, b, c, d) in [(BLUE, (left, top, right, bottom)), *((RED, box) for box in doubtful)]:
+                    axes.plot([a, c, c, a, a], [b, b, d, d, b], color=colour, linewidth=1.2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawn digits: strokes -> images of digits, for machines without a data set, and of non-digits
 TURNABLE = (2, 3, 4, 5, 7)  # no digits any more after a quarter turn
@@ -1118,7 +1138,7 @@ def check_digits(arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[np.
 # Pictures: a file -> a 28 x 28 digit as MNIST would have made it -> digit, confidence, verdict
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-PICTURES_AT_ONCE, PICTURES_PER_BATCH = 2, 256  # decoded in parallel; classified together. Both limit the memory used
+PICTURES_AT_ONCE, PICTURES_PER_BATCH = 2, 100  # decoded in parallel; classified together. Both limit the memory used
 MAX_CARDS = 40  # in external_predictions.png
 MAX_PIXELS = 80_000_000  # larger pictures are refused from their header, before any pixel is decoded
 MAX_SIDE = 1000  # px; larger pictures are shrunk to this as early as the format allows
@@ -1251,7 +1271,7 @@ def select_parts(ink: np.ndarray, blank: float) -> np.ndarray:
     return np.append(False, kept)[labels]
 
 
-def segment_ink(grey: np.ndarray) -> np.ndarray:
+def segment_ink(grey: np.ndarray, select: Callable[[np.ndarray, float], np.ndarray] = select_parts) -> np.ndarray:
     """Find what is drawn in a grey picture: float32 (height, width) in [0, 1], 0 where there is only paper."""
     small = scale(grey, min(COARSE_SIDE, max(grey.shape)))
     if small.shape == grey.shape and is_only_light(small):  # in a large one, light changes too slowly to look like ink
@@ -1262,7 +1282,7 @@ def segment_ink(grey: np.ndarray) -> np.ndarray:
     low, middle = np.quantile(ink, [0.2, 0.4])  # both are paper, unless the picture is mostly ink
     blank = max(MIN_CONTRAST / 2, middle + 9 * (middle - low))  # above what noise reaches
     ink = remove_ruled_lines(remove_ruled_lines(ink, blank).T, blank).T
-    kept = select_parts(ink, blank)
+    kept = select(ink, blank)
     full = np.quantile(ink[kept], 0.75) if kept.any() else 0
     if full < MIN_CONTRAST * np.sqrt(max(1, COARSE_SIDE / max(ink.shape))):  # light is less even in a tiny picture
         return np.zeros_like(ink)
@@ -1276,12 +1296,12 @@ def picture_to_digit(grey: np.ndarray) -> np.ndarray:
     return frame_digit(segment_ink(grey))
 
 
-def frame_digit(ink: np.ndarray) -> np.ndarray:
+def frame_digit(ink: np.ndarray, fit: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
     """Crop ink, float32 (height, width) in [0, 1], fit it in a box and centre it by mass: uint8 (28, 28)."""
     boxes = scipy.ndimage.find_objects(np.uint8(ink > 0.15))
     if not boxes:
         return np.zeros((DIGIT_SIDE, DIGIT_SIDE), np.uint8)
-    drawn = fit_in_box(ink[boxes[0]])
+    drawn = (fit or fit_in_box)(ink[boxes[0]])
     top, left = (2 * DIGIT_SIDE - round(1.5 * DIGIT_SIDE - mean) for mean in scipy.ndimage.center_of_mass(drawn))
     digit = np.pad(drawn.astype(np.float64), DIGIT_SIDE)[top : top + DIGIT_SIDE, left : left + DIGIT_SIDE]
     return np.round(255 * digit).astype(np.uint8)
@@ -1315,7 +1335,7 @@ def digit_scores(probabilities: np.ndarray) -> np.ndarray:
     return logits.max(axis=1) - logits.mean(axis=1)  # 0 if all are equal: the target for non-digits
 
 
-def list_pictures(paths: Sequence[Path]) -> list[Path]:
+def list_pictures(paths: Sequence[Path], flag: str) -> list[Path]:
     """Replace each folder by the pictures in it, sorted by name. Raises Failure for a folder without any."""
     pictures = []
     for path in paths:
@@ -1323,51 +1343,79 @@ def list_pictures(paths: Sequence[Path]) -> list[Path]:
         if os.path.isdir(path):
             inside = [file for file in path.iterdir() if file.suffix.lower() in PICTURE_ENDINGS and file.name[0] != "."]
         if not inside:
-            raise Failure(f"--predict {path}: holds no picture ({', '.join(PICTURE_ENDINGS)})")
+            raise Failure(f"{flag} {path}: holds no picture ({', '.join(PICTURE_ENDINGS)})")
         pictures += sorted(inside)
     return pictures
 
 
-def recognise_files(model: keras.Model, paths: Sequence[Path], threshold: float) -> tuple[list[list[str]], list[Card]]:
-    """Recognise pictures and print a line for each. Returns their CSV rows, and cards of the first readable ones."""
+# What is seen in a picture: images for the network, uint8 (n, 28, 28), and what else is needed to tell what they are.
+Seen = tuple[np.ndarray, Any]
+# What is told of it: CSV rows, and what a plot shows of it (None if the file cannot be read).
+Told = tuple[list[list[str]], Any]
 
-    def read(path: Path) -> list[np.ndarray] | Failure:
+
+def recognise_files(
+    model: keras.Model, paths: Sequence[Path], look: Callable[[Path], Seen], tell: Callable[..., Told], columns: str
+) -> Iterator[Told]:
+    """For each path `tell(path, seen, probabilities)`, once its rows' `columns` (a digit each) are printed."""
+
+    def try_to_look(path: Path) -> Seen | Failure:
         try:
-            grey = read_picture(path)
-            return [np.round(255 * scale(grey, 200)).astype(np.uint8), picture_to_digit(grey)]  # thumbnail, digit
+            return look(path)
         except Failure as failure:
             return failure
 
-    rows, cards = [], []
     with ThreadPoolExecutor(PICTURES_AT_ONCE) as pool:
         for start in range(0, len(paths), PICTURES_PER_BATCH):
             batch = paths[start : start + PICTURES_PER_BATCH]
-            found = list(pool.map(read, batch))
-            digits = [item[1] for item in found if not isinstance(item, Failure)]
-            probabilities = iter(predict_probabilities(model, np.stack(digits)) if digits else [])
-            for path, item in zip(batch, found, strict=True):
+            found = list(pool.map(try_to_look, batch))
+            images = [np.zeros((0, 28, 28), np.uint8) if isinstance(item, Failure) else item[0] for item in found]
+            together = np.concatenate(images)
+            probabilities = predict_probabilities(model, together) if len(together) else np.zeros((0, 10))
+            parts = np.split(probabilities, np.cumsum([len(each) for each in images])[:-1])
+            for path, item, part in zip(batch, found, parts, strict=True):
                 if isinstance(item, Failure):
                     warn(f"error: {item}")
-                    rows.append([printable(path), "", "", "", "unreadable", *[""] * 10])
-                else:
-                    row, card = row_and_card(path, item, next(probabilities), threshold)
-                    rows.append(row)
-                    cards = [*cards, card][:MAX_CARDS]
-                say("\t".join(rows[-1][column] for column in (0, 1, 2, 4)))
+                told = tell(path, None if isinstance(item, Failure) else item[1], part)
+                for row in told[0]:
+                    say("\t".join(row[int(column)] for column in columns))
+                yield told
             if sys.stderr.isatty() and not sys.stdout.isatty():
-                say(f"{len(rows):,} of {len(paths):,} pictures", sys.stderr)
-    return rows, cards
+                say(f"{start + len(batch):,} of {len(paths):,} pictures", sys.stderr)
 
 
-def row_and_card(path: Path, pictures: list[np.ndarray], p: np.ndarray, threshold: float) -> tuple[list[str], Card]:
-    """The row (path, digit, confidence, score, verdict, p0 ... p9) and the card of a digit with probabilities p."""
-    score = digit_scores(p[np.newaxis])[0] * pictures[1].any()  # without ink there is no digit
+def look_at_digit(path: Path) -> Seen:
+    """The digit that a picture shows; a thumbnail of the picture, and the digit."""
+    grey = read_picture(path)
+    digit = picture_to_digit(grey)
+    thumbnail = scale(grey, min(200, max(grey.shape)))
+    return digit[np.newaxis], [np.round(255 * thumbnail).astype(np.uint8), digit]
+
+
+def tell_digit(threshold: float, path: Path, pictures: list[np.ndarray] | None, probabilities: np.ndarray) -> Told:
+    """The row (path, digit, confidence, score, verdict, p0 ... p9) of a picture, and its card."""
+    if pictures is None:
+        return [[printable(path), "", "", "", "unreadable", *[""] * 10]], None
+    p = probabilities[0]
+    score = digit_scores(probabilities)[0] * pictures[1].any()  # without ink there is no digit
     best, verdict = int(p.argmax()), "digit" if score >= threshold else "not-a-digit"
     row = [printable(path), str(best), f"{p[best]:.4f}", f"{score:.4f}", verdict, *(f"{each:.6f}" for each in p)]
-    name = printable(Path(path.name))
-    title = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
     text = f"{best}, {float(row[2]):.1%}" if verdict == "digit" else "not a digit"
-    return row, (title, text, verdict == "digit", pictures, p, best)
+    return [row], (short_name(path), text, verdict == "digit", pictures, p, best)
+
+
+def shows_several(thumbnail: np.ndarray, digit: np.ndarray) -> bool:
+    """Whether a picture that is not tiny shows tall marks side by side, with a gap between them, as no digit does."""
+    marks, count = scipy.ndimage.label((digit > 60).any(axis=0))
+    heights = [np.ptp(np.flatnonzero((digit[:, marks == mark] > 60).any(axis=1))) for mark in range(1, count + 1)]
+    large = min(thumbnail.shape) >= 20 and max(thumbnail.shape) >= 60
+    return large and sum(height > 0.7 * max(heights) for height in heights) > 1
+
+
+def short_name(path: Path) -> str:
+    """The name of a file, shortened in the middle, for a plot."""
+    name = printable(Path(path.name))
+    return name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
 
 
 def printable(path: Path) -> str:
@@ -1376,14 +1424,305 @@ def printable(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Numbers: a picture -> the numbers in it, line by line. Marks that may hold several digits are cut in more places than
+# needed. The network says which unions of neighbouring pieces are digits, and the reading is the best way through them
+# (LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998).
+LINE_HEIGHT = 60  # px, to which the digits of a line are scaled before they are cut
+CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and to either side of which a cut looks for less ink
+UNREADABLE = 8.0  # nats of doubt, beyond which a mark is rather no digit
+MAX_READ_PICTURES = 12  # in numbers.png
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+class Piece(NamedTuple):
+    """A mark in a line, or a slice of one: float32 ink (height, width), and the place of its top left corner."""
+
+    ink: np.ndarray
+    top: int
+    left: int
+    cut: bool  # off the piece before it
+
+
+class Candidate(NamedTuple):
+    """The union of pieces[first:stop], which may be a digit: uint8 (28, 28), and its box in the line."""
+
+    first: int
+    stop: int
+    image: np.ndarray
+    box: Box
+    cut: bool  # from a neighbour
+
+
+class Line(NamedTuple):
+    """The pieces of a line, from left to right; `place` takes its boxes to boxes in the picture."""
+
+    pieces: list[Piece]
+    candidates: list[Candidate]
+    place: Callable[[Box], Box]
+
+
+class Digit(NamedTuple):
+    """A digit, or a question mark, as it was read."""
+
+    text: str
+    confidence: float
+    score: float  # above the rejection threshold
+    box: Box
+    cut: bool
+
+
+def find_lines(grey: np.ndarray) -> list[Line]:
+    """Find what may be lines of digits in a picture, float32 (height, width), from top to bottom."""
+    sheet, left, top = crop_to_sheet(grey)
+    ink = segment_ink(sheet, select_marks)
+    angle = find_tilt(ink)
+    level = np.asarray(Image.fromarray(ink).rotate(angle, Image.Resampling.BILINEAR, expand=True))
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    lines = []
+    for marks, height in sort_marks(level):
+        zoom = LINE_HEIGHT / height
+        pieces = [piece for ink_of_mark, corner in marks for piece in cut_mark(ink_of_mark, corner, zoom)]
+
+        def place(box: Box, zoom: float = zoom) -> Box:
+            x, y = np.array([box[0::2] * 2, np.repeat(box[1::2], 2)]) / zoom - np.reshape(level.shape[::-1], (2, 1)) / 2
+            x, y = cos * x - sin * y + ink.shape[1] / 2 + left, sin * x + cos * y + ink.shape[0] / 2 + top
+            return x.min(), y.min(), x.max(), y.max()
+
+        lines.append(Line(pieces, join_pieces(pieces), place))
+    return lines
+
+
+def crop_to_sheet(grey: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The paper alone where it lies, light, on a dark table, and its left and top; else the whole picture."""
+    small = scale(grey, min(COARSE_SIDE, max(grey.shape)))
+    labels = scipy.ndimage.label(small > np.quantile(small, (0.02, 0.98)).mean())[0]
+    paper = scipy.ndimage.binary_fill_holes(labels == 1 + np.bincount(labels.ravel(), minlength=2)[1:].argmax())
+    if not 0.15 < paper.mean() < 0.97 or np.median(small[~paper]) > 0.5 * np.median(small[paper]):
+        return grey, 0, 0
+    y, x = np.nonzero(paper)
+    turns = [(math.cos(angle), math.sin(angle)) for angle in np.radians(np.arange(-15, 16))]
+    rectangle = min(np.ptp(x * cos + y * sin) * np.ptp(y * cos - x * sin) for cos, sin in turns)
+    inner = Image.fromarray(scipy.ndimage.binary_erosion(paper, iterations=2).astype(np.float32))
+    inner = np.asarray(inner.resize(grey.shape[::-1], Image.Resampling.BILINEAR)) > 0.5
+    if len(x) < 0.85 * rectangle or not inner.any():
+        return grey, 0, 0
+    rows, columns = scipy.ndimage.find_objects(inner.astype(int))[0]
+    nearest = scipy.ndimage.distance_transform_edt(~inner[rows, columns], return_distances=False, return_indices=True)
+    return grey[rows, columns][tuple(nearest)], columns.start, rows.start
+
+
+def select_marks(ink: np.ndarray, blank: float) -> np.ndarray:
+    """Choose the connected components of the ink above `blank` that are no dust and no table's edge: a bool mask."""
+    labels, count = scipy.ndimage.label(ink > blank, np.ones((3, 3)))
+    extent = np.array([max(r.stop - r.start, c.stop - c.start) for r, c in scipy.ndimage.find_objects(labels)])
+    if extent.max(initial=0) < max(6, 0.015 * max(ink.shape)):  # dust or noise on a blank sheet
+        return np.zeros(ink.shape, bool)
+    return np.append(False, (extent > 0.02 * min(ink.shape)) & (extent > 3) & ~along_border(labels, count))[labels]
+
+
+def find_tilt(ink: np.ndarray) -> float:
+    """The angle in degrees, counterclockwise, by which to turn a picture so that its lines are level; 0 if in doubt."""
+    labels, count = scipy.ndimage.label(ink > 0.4)
+    y, x = np.nonzero(labels)
+    if count < 3:
+        return 0.0
+    height = np.median([rows.stop - rows.start for rows, _ in scipy.ndimage.find_objects(labels)])
+    angles = np.arange(-12.0, 13.0)
+    tilted = (y - np.tan(np.radians(angles))[:, None] * (x - ink.shape[1])) / max(1, height / 6) + 2 * ink.shape[1]
+    sharpness = [np.square(np.bincount(row)).sum() for row in tilted.astype(int)]  # ink gathers in level lines
+    return angles[np.argmax(sharpness)] if max(sharpness) > 1.05 * sharpness[12] else 0.0
+
+
+def sort_marks(ink: np.ndarray) -> list[tuple[list[tuple[np.ndarray, tuple[int, int]]], float]]:
+    """Sort connected marks into lines: of each its marks, with their top left corners, and the height of its digits."""
+    labels, count = scipy.ndimage.label(ink > 0.4, np.ones((3, 3)))
+    slices = scipy.ndimage.find_objects(labels)
+    boxes = np.reshape([(r.start, c.start, r.stop, c.stop) for r, c in slices], (count, 4))
+    top, left, bottom, right = boxes.T
+    height, width = bottom - top, right - left
+    mass = np.bincount(labels.ravel(), ink.ravel(), count + 1)[1:]
+    inside = ((boxes[:, None, :2] < boxes[:, :2]) & (boxes[:, None, 2:] > boxes[:, 2:])).all(axis=2)
+    box = (mass < 0.25 * height * width) & (inside @ mass > 0.2 * mass)  # of a form, around other marks
+    rule = (width > 8 * height) & (width > 0.3 * ink.shape[1])
+    order = np.flatnonzero(~box & ~rule)
+    order = order[np.argsort(height[order])]
+    if not len(order):
+        return []
+    middle = np.searchsorted(np.cumsum(mass[order]), mass[order].sum() / 2)
+    usual = height[order][middle]  # half of the ink is in higher marks
+    order = order[(height[order] < 1.5 * usual) | (width[order] > 0.2 * height[order])]  # not the sides of a box
+    lines: list[list[int]] = []
+    for mark in sorted(order[height[order] > 0.45 * usual], key=lambda mark: top[mark] + bottom[mark]):
+        spans = [(np.median(top[line]), np.median(bottom[line]), line) for line in lines]
+        shared = [(min(b, bottom[mark]) - max(a, top[mark])) / min(b - a, height[mark]) for a, b, _ in spans]
+        if max(shared, default=0) > 0.5:
+            lines[int(np.argmax(shared))].append(mark)
+        else:
+            lines.append([mark])
+    found = []
+    for line in sorted(lines, key=lambda line: np.median(top[line])):
+        a, b, usual_here = np.median(top[line]), np.median(bottom[line]), max(0.6 * usual, np.median(height[line]))
+        centre = (top + bottom)[order] / 2
+        small = (0.12 * usual < np.maximum(height, width)[order]) & (height[order] <= 0.45 * usual)
+        line = [*line, *order[small & (a - 0.25 * usual < centre) & (centre < b + 0.1 * usual)]]
+        marks = [(np.where(labels[slices[i]] == i + 1, ink[slices[i]], 0), (top[i], left[i])) for i in line]
+        found.append(([marks[i] for i in np.argsort((left + right)[line])], float(usual_here)))
+    return found
+
+
+def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float) -> list[Piece]:
+    """Scale a mark to the height of its line, thicken it, and, if it is wide, cut it from top to bottom, often."""
+    size = max(2, round(ink.shape[1] * zoom)), max(2, round(ink.shape[0] * zoom))
+    ink = scipy.ndimage.grey_dilation(ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
+    ink = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    margin = max(0.0, MIN_STROKE * LINE_HEIGHT / BOX_SIDE - stroke_width(ink)) / 2
+    ink = np.pad(ink, 3)
+    outside = scipy.ndimage.distance_transform_edt(ink < 0.5)
+    thick = np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
+    top, left = (round(place * zoom) - 3 for place in corner)
+    wide = size[0] > 0.9 * LINE_HEIGHT and size[1] > 0.4 * LINE_HEIGHT
+    paths = find_cuts(ink) if wide else np.empty((0, len(ink)), int)
+    slice_of = (np.arange(ink.shape[1]) >= paths[:, :, np.newaxis]).sum(axis=0)  # how many cuts are to the left
+    pieces = []
+    for index in range(len(paths) + 1):
+        part = np.where(slice_of == index, thick, 0)
+        for rows, columns in scipy.ndimage.find_objects(np.uint8(part > 0.15)):
+            pieces.append(Piece(part[rows, columns], top + rows.start, left + columns.start, bool(pieces)))
+    return pieces
+
+
+def find_cuts(ink: np.ndarray) -> np.ndarray:
+    """Paths along little ink from the top to the bottom of a mark, slanted as it is: columns, int (cuts, height)."""
+    y, x = np.nonzero(ink > 0.5)
+    height = len(ink)
+    slants = np.arange(-0.3, 0.81, 0.1)
+    upright = [x + slant * (y - height / 2) for slant in slants]
+    best = max(range(len(slants)), key=lambda i: np.square(np.bincount(np.int_(upright[i] + height))).sum())
+    starts = np.arange(upright[best].min() + CUT_STEP, upright[best].max(), CUT_STEP)
+    reach = np.arange(-CUT_REACH, CUT_REACH + 1)
+    lines = starts - slants[best] * (np.arange(height)[:, np.newaxis] - height / 2)
+    columns = np.round(lines[..., np.newaxis] + reach).astype(int).clip(0, ink.shape[1] - 1)  # (height, cuts, reach)
+    cost = ink[np.arange(height)[:, np.newaxis, np.newaxis], columns] + 0.08 * np.abs(reach)
+    total, came_from = cost[0], []
+    for row in cost[1:]:  # the cheapest path to each place, from one of the three above it
+        above = np.pad(total, ((0, 0), (1, 1)), constant_values=np.inf)
+        options = np.stack([above[:, :-2] + 0.2, above[:, 1:-1], above[:, 2:] + 0.2])
+        came_from.append(options.argmin(axis=0) - 1)
+        total = row + options.min(axis=0)
+    cuts = np.arange(len(starts))
+    path = [total.argmin(axis=1)]
+    for steps in reversed(came_from):
+        path.append(path[-1] + steps[cuts, path[-1]])
+    return columns[np.arange(height), cuts[:, np.newaxis], np.transpose(path[::-1])]
+
+
+def join_pieces(pieces: Sequence[Piece]) -> list[Candidate]:
+    """All unions of neighbouring pieces that have about the size of a digit."""
+    candidates = []
+    for first, stop in itertools.combinations(range(len(pieces) + 1), 2):
+        parts = pieces[first:stop]
+        left, top = min(part.left for part in parts), min(part.top for part in parts)
+        right = max(part.left + part.ink.shape[1] for part in parts)
+        bottom = max(part.top + part.ink.shape[0] for part in parts)
+        too_wide = right - left > 1.4 * LINE_HEIGHT and len(parts) > 1
+        if too_wide or bottom - top < 0.4 * LINE_HEIGHT:
+            continue
+        union = np.zeros((bottom - top, right - left), np.float32)
+        for part in parts:
+            place = union[part.top - top :, part.left - left :][: part.ink.shape[0], : part.ink.shape[1]]
+            np.maximum(place, part.ink, out=place)
+        image = frame_digit(union, lambda drawn: scale(drawn, BOX_SIDE))
+        cut = pieces[first].cut or (stop < len(pieces) and pieces[stop].cut)
+        candidates.append(Candidate(first, stop, image, (left, top, right, bottom), cut))
+    return candidates
+
+
+def read_line(line: Line, probabilities: np.ndarray, threshold: float) -> list[Digit]:
+    """The best way through the pieces of a line, where its candidates have these probabilities, (n, 10)."""
+    best: list[tuple[float, list[Digit]]] = [(0.0, [])]  # up to each piece: minus the doubts so far, and the digits
+    scores = digit_scores(probabilities) - threshold
+    for stop, piece in enumerate(line.pieces, start=1):
+        value, digits = best[-1]
+        dot = piece.ink.shape[0] < 0.45 * LINE_HEIGHT and not piece.cut
+        ways = [(value - (0 if dot else 8) - 5 * piece.ink.size / LINE_HEIGHT**2, digits)]  # it is left out
+        for candidate, p, score in zip(line.candidates, probabilities, scores, strict=True):
+            if candidate.stop == stop:
+                value, digits = best[candidate.first]
+                text = str(p.argmax()) if score > -1.5 else "?"
+                digit = Digit(text, float(p.max()), float(score), candidate.box, candidate.cut)
+                cost = doubt(digit, int(p.argmax())) + line.pieces[candidate.first].cut
+                ways.append((value - cost, [*digits, digit]))
+        best.append(max(ways, key=lambda way: way[0]))
+    return best[-1][1]
+
+
+def doubt(digit: Digit, best: int) -> float:
+    """How improbable it is, in nats, that what was read as `best` is one whole digit."""
+    width, height = digit.box[2] - digit.box[0], digit.box[3] - digit.box[1]
+    nats = np.logaddexp(0, 4 - 2 * digit.score) - math.log(digit.confidence) + 6 * max(0, 0.75 - height / LINE_HEIGHT)
+    nats += 3 * (digit.cut and best == 1)  # many a stroke of something else looks like a one
+    return float(min(nats, UNREADABLE * max(1, width / (0.6 * LINE_HEIGHT))))
+
+
+def split_numbers(digits: Sequence[Digit]) -> list[list[Digit]]:
+    """Begin a new number where the gap is wider than usual; leave out what is rather a word."""
+    gaps = [max(0, right.box[0] - left.box[2]) for left, right in itertools.pairwise(digits)]
+    widest = 0.45 * LINE_HEIGHT + 1.5 * sorted(gaps)[(len(gaps) - 1) // 2] if gaps else 0
+    starts = [0, *(index for index, gap in enumerate(gaps, start=1) if gap > widest), len(digits)]
+    numbers = [list(digits[start:stop]) for start, stop in itertools.pairwise(starts)]
+    return [number for number in numbers if number and not is_word(number)]
+
+
+def is_word(number: Sequence[Digit]) -> bool:
+    """Whether these are rather letters, of which few pass for digits, and those barely, or as ones when cut apart."""
+    unread = sum(digit.text == "?" for digit in number)
+    strokes = sum(digit.text == "1" and digit.cut for digit in number)
+    enough = 1.0 if len(number) == 1 else 2.5
+    return 3 * unread > len(number) or 2 * strokes > len(number) or np.mean([d.score for d in number]) < enough
+
+
+def look_at_numbers(path: Path) -> Seen:
+    """All candidates for digits in a picture; the picture, uint8 grey, its full size, and its lines."""
+    grey = read_picture(path)
+    with blame(path, "try again"), Image.open(path, formats=PICTURE_FORMATS) as image:
+        size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # upright, as `grey` is
+    lines = find_lines(grey)
+    images = [candidate.image for line in lines for candidate in line.candidates]
+    return np.reshape(images, (-1, 28, 28)).astype(np.uint8), (np.round(255 * grey).astype(np.uint8), size, lines)
+
+
+def tell_numbers(threshold: float, path: Path, seen: tuple | None, probabilities: np.ndarray) -> Told:
+    """A row (path, line, number, confidence, left, top, width, height, digits) a number; the picture and its marks."""
+    if seen is None:
+        return [[printable(path), *[""] * 8]], None
+    grey, size, lines = seen
+    enlarged = np.divide(size, grey.shape[::-1])
+    ends = np.cumsum([len(line.candidates) for line in lines])
+    rows, marks, index = [], [], 0
+    for line, part in zip(lines, np.split(probabilities, ends)[:-1], strict=True):
+        numbers = split_numbers(read_line(line, part, threshold))
+        index += bool(numbers)  # lines without a number do not count
+        for number in numbers:
+            boxes = np.array([line.place(digit.box) for digit in number])
+            corners = np.array([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
+            text, sure = "".join(digit.text for digit in number), [digit.confidence for digit in number]
+            left, top, right, bottom = np.round(corners * enlarged).astype(int).ravel()
+            place = str(left), str(top), str(right - left), str(bottom - top)
+            digits = " ".join(f"{each:.4f}" for each in sure)
+            rows.append([printable(path), str(index), text, f"{math.prod(sure):.4f}", *place, digits])
+            marks.append((text, corners, boxes[[digit.score < 0 for digit in number]]))
+    return rows or [[printable(path), *[""] * 8]], (short_name(path), grey, marks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Results: output and errors, signals, and the output folder: its lock, results that appear together, checkpoints, saved
 # models, tables. Runs without anybody watching depend on these.
 STAGING, READY, CHECKPOINTS = ".staging", ".ready", ".checkpoint"  # hidden folders in the output folder
 REPLACED = "replaced"  # in READY: the names of earlier files that have no successor there
 MEASURED = "metrics.json predictions.csv predictions.png misclassified.png confusion_matrix.png calibration.png".split()
-EXTERNAL = "external_predictions.csv external_predictions.png".split()
+EXTERNAL, NUMBERS = "external_predictions.csv external_predictions.png".split(), "numbers.csv numbers.png".split()
 TRAINED = "model.keras history.csv samples.png pixels.png augmentation.png training_curves.png".split()
-RESULTS = TRAINED + MEASURED + EXTERNAL
+RESULTS = TRAINED + MEASURED + EXTERNAL + NUMBERS
 RUN_COLUMNS = "finished_at seed data test_accuracy test_loss seconds exit_code".split()
 MAX_MODEL_BYTES = 1 << 30
 FOREIGN_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "FlaxLayer", "JaxLayer", "__lambda__", "function")
@@ -1677,7 +2016,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stop_on_signals(), warnings.catch_warnings(), hold_folder(config.output_dir):
             warnings.simplefilter("ignore")  # what libraries warn of either fails as well, or concerns no user
-            return recognise(config) if config.job == "predict" else run_job(config)
+            return recognise(config) if config.job in ("predict", "read") else run_job(config)
     except Failure as failure:
         warn(f"error: {failure}")
     except Stopped as stopped:
@@ -1782,21 +2121,39 @@ def evaluate(config: Config, digits: Digits, results: Path, seconds: dict[str, f
 
 
 def recognise(config: Config) -> int:
-    """Recognise pictures; print a line for each, and write what was found. Returns the exit code."""
-    paths = list_pictures(config.predict)
-    with stage_results(config.output_dir, EXTERNAL) as results:
+    """Recognise pictures, or read the numbers in them; print and write what was found. Returns the exit code."""
+    reading = config.job == "read"
+    paths = list_pictures(config.read or config.predict, f"--{config.job}")
+    with stage_results(config.output_dir, NUMBERS if reading else EXTERNAL) as results:
         model = load_model(config.model_file)
         threshold = metrics_of_model(config.model_file).get("rejection_threshold")
         if threshold is None:
             threshold = USUAL_THRESHOLD
             warn(f"WARNING: {config.model_file}: no metrics.json of its run beside it; threshold {threshold} is taken")
-        rows, cards = recognise_files(model, paths, threshold)
-        header = ["path", "digit", "confidence", "score", "verdict", *(f"p{digit}" for digit in range(10))]
-        write_csv(results / "external_predictions.csv", [header, *rows])
-        if config.plots:
+        look, tell = (look_at_numbers, tell_numbers) if reading else (look_at_digit, tell_digit)
+        columns = "0123" if reading else "0124"
+        rows, shown, unreadable, several = [], [], 0, 0
+        for more, picture in recognise_files(model, paths, look, functools.partial(tell, threshold), columns):
+            rows += more
+            if picture is None:
+                unreadable += 1
+            else:
+                several += not reading and shows_several(*picture[3])
+                shown = [*shown, picture][: MAX_READ_PICTURES if reading else MAX_CARDS]
+        if several:
+            warn(f"{several} of the pictures seem to show several digits: --read reads them all")
+        if reading:
+            header = "path line number confidence left top width height digits".split()
+            write_csv(results / "numbers.csv", [header, *rows])
+        else:
+            header = ["path", "digit", "confidence", "score", "verdict", *(f"p{digit}" for digit in range(10))]
+            write_csv(results / "external_predictions.csv", [header, *rows])
+        if config.plots and reading:
+            plot_numbers(results / "numbers.png", shown)
+        elif config.plots:
             subtitle = "The picture, the 28 x 28 digit that the network saw, and how probable it finds each digit."
-            plot_cards(results / "external_predictions.png", cards, "Your own pictures", subtitle)
-    return EXIT_FAILED if any(row[4] == "unreadable" for row in rows) else EXIT_DONE
+            plot_cards(results / "external_predictions.png", shown, "Your own pictures", subtitle)
+    return EXIT_FAILED if unreadable else EXIT_DONE
 
 
 def calibrate_and_save(model: keras.Model, split: Split, results: Path) -> dict[str, Any]:

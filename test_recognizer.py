@@ -1551,6 +1551,173 @@ def test_what_is_no_digit(default_run: Run, tmp_path: Path) -> None:
     assert np.mean(scores["digits"][:, None] > scores["letters"]) >= 0.93  # the area under the ROC curve
 
 
+# Numbers: what is read where a picture shows several digits
+
+NUMBERS = {"numbers.csv", "numbers.png"}
+WRITTEN = program.synthetic_digits(40, seed=5)
+
+
+def write(*lines: str, height: int = 48, gap: float = 0.25, leading: float = 0.6) -> np.ndarray:
+    """Ink, float (height, width), of drawn digits, always the same one of each; between numbers are blanks."""
+    rows = []
+    for line in lines:
+        row = np.zeros((height, round(height * (0.5 + 1.3 * len(line)))), np.float32)
+        left = height // 2
+        for digit in line:
+            if digit == " ":
+                left += round(1.2 * height)
+                continue
+            image = WRITTEN[0][np.argmax(WRITTEN[1] == int(digit))]
+            image = Image.fromarray(image[:, image.max(axis=0) > 40][image.max(axis=1) > 40])
+            image = np.asarray(image.resize((round(height * image.width / image.height), height))) / np.float32(255)
+            place = row[:, left : left + image.shape[1]]
+            np.maximum(place, image, out=place)
+            left += image.shape[1] + round(gap * height)
+        rows.append(np.pad(row, ((round(leading * height), 0), (0, 0))))
+    width = max(row.shape[1] for row in rows)
+    return np.pad(np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]))) for row in rows]), 30)
+
+
+def look_alike(model: object, images: np.ndarray) -> np.ndarray:
+    """In place of a network: sure of what is like one of the drawn digits, undecided about anything else."""
+    known = [WRITTEN[0][np.argmax(WRITTEN[1] == digit)] for digit in range(10)]
+    shifted = [np.roll(known, shift, (1, 2)) for shift in itertools.product((-1, 0, 1), repeat=2)]
+    vectors = []
+    for each in (images, np.concatenate(shifted)):
+        blurred = ndimage.gaussian_filter(each.astype(float), (0, 1, 1)).reshape(len(each), -1)
+        centred = blurred - blurred.mean(axis=1, keepdims=True)
+        vectors.append(centred / (np.linalg.norm(centred, axis=1, keepdims=True) + 1e-9))
+    likenesses = (vectors[0] @ vectors[1].T).reshape(len(images), 9, 10).max(axis=1)
+    sure = np.where(np.arange(10) == likenesses.argmax(axis=1)[:, None], 1 - 9e-5, 1e-5)
+    return np.where(likenesses.max(axis=1, keepdims=True) > 0.85, sure, 0.1)
+
+
+def numbers_of(out: str) -> list[tuple[int, str]]:
+    """Line and number of each row of standard output."""
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert all(len(row) == 4 for row in rows)
+    return [(int(row[1] or 0), row[2]) for row in rows]
+
+
+SHEETS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    "black on white": lambda ink, rng: (255 * (1 - ink)).astype(np.uint8),
+    "white on black": lambda ink, rng: (255 * ink).astype(np.uint8),
+    "a photograph": photograph,
+    "chalk": lambda ink, rng: photograph(ink, rng, (0.12, 0.25, 0.18), (0.9, 0.9, 0.88)),
+    "falling lines": lambda ink, rng: photograph(ndimage.rotate(ink, -8, order=1), rng),
+    "rising lines": lambda ink, rng: photograph(ndimage.rotate(ink, 8, order=1), rng),
+    "a note on a table": lambda ink, rng: np.pad(
+        photograph(ink, rng), ((50, 60), (70, 40), (0, 0)), constant_values=18
+    ),
+    "a box": lambda ink, rng: photograph(np.pad(np.pad(ink, 8, constant_values=1), 40), rng),
+    "specks": lambda ink, rng: photograph(np.maximum(ink, rng.random(ink.shape) > 0.9997), rng),
+}
+
+
+@pytest.fixture
+def read(mlp: Run, tmp_path: Path, monkeypatch: Patch) -> Callable[..., tuple[int, str, str]]:
+    """Run --read with a network that knows the digits of `write` for certain."""
+    monkeypatch.setattr(program, "predict_probabilities", look_alike)
+    return lambda *paths: call("--model-file", mlp.model, "--output-dir", tmp_path / "out", "--read", *paths)
+
+
+@pytest.mark.parametrize("sheet", SHEETS)
+def test_numbers_are_read_line_by_line(sheet: str, read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """From top to bottom and from left to right; leading zeros stay, and wide gaps part numbers."""
+    picture = SHEETS[sheet](write("0072 45", "380 1926"), np.random.default_rng(1))
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    code, out, err = read(tmp_path / "a.png")
+    assert (code, err, names(tmp_path / "out")) == (0, "", NUMBERS)
+    assert numbers_of(out) == [(1, "0072"), (1, "45"), (2, "380"), (2, "1926")]
+
+
+def test_the_place_and_confidence_of_numbers(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """In pixels of the picture as it is seen, also where it was shrunk, or lies on its side."""
+    ink = np.kron(write("27", "950 3"), np.ones((4, 4)))
+    upright = Image.fromarray((255 * (1 - ink)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif)
+    assert numbers_of(read(tmp_path / "a.jpg")[1]) == [(1, "27"), (2, "950"), (2, "3")]
+    rows = read_rows(tmp_path / "out" / "numbers.csv")
+    assert list(rows[0]) == "path line number confidence left top width height digits".split()
+    kept = np.zeros_like(ink)
+    for row in rows:
+        left, top, width, height = (int(row[name]) for name in ("left", "top", "width", "height"))
+        assert 150 < height < 240
+        kept[top : top + height, left : left + width] = 1
+        digits = [float(each) for each in row["digits"].split()]
+        assert len(digits) == len(row["number"])
+        assert float(row["confidence"]) == pytest.approx(np.prod(digits), abs=1e-3)
+    assert (ink * kept).sum() > 0.97 * ink.sum()
+    assert kept.mean() < 0.6
+    assert_pictures(tmp_path / "out")
+
+
+def test_pictures_without_a_number(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """A path and three empty fields; files that cannot be read stop nothing."""
+    rng, folder = np.random.default_rng(2), tmp_path / "pictures"
+    words = Image.new("L", (500, 90), 255)
+    ImageDraw.Draw(words).text((20, 20), "Hand und Kamm", fill=0, font=ImageFont.load_default(40))
+    blank = photograph(np.zeros((200, 300)), rng)
+    pictures = [blank, rng.integers(0, 256, (80, 90), np.uint8), np.zeros((28, 28), np.uint8), np.asarray(words)]
+    save_pictures(folder, pictures)
+    (folder / "broken.png").write_text("no picture")
+    code, out, err = read(folder)
+    assert code == 1
+    assert "broken.png" in only_line(err)
+    assert out.splitlines() == [f"{path}\t\t\t" for path in sorted(folder.iterdir())]
+    assert len(read_rows(tmp_path / "out" / "numbers.csv")) == 5
+    assert_pictures(tmp_path / "out")
+
+
+def test_numbers_in_pictures_of_extreme_sizes(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    pictures = []
+    for height, width in ((1, 1), (2, 2), (1, 3000), (3000, 1), (5, 800), (64, 2000), (3, 40), (300, 300)):
+        noise, block = (
+            np.random.default_rng(4).integers(0, 256, (height, width), np.uint8),
+            np.zeros((height, width), np.uint8),
+        )
+        block[height // 3 : height * 2 // 3 + 1, width // 3 : width * 2 // 3 + 1] = 255
+        pictures += [noise, block, 255 - block]
+    code, out, err = read(save_pictures(tmp_path / "pictures", pictures))
+    assert (code, err, len({line.split("\t")[0] for line in out.splitlines()})) == (0, "", len(pictures))
+
+
+def test_predict_says_that_read_reads_several_digits(mlp: Run, tmp_path: Path) -> None:
+    folder = save_pictures(tmp_path / "pictures", [(255 * write(text)).astype(np.uint8) for text in ("5", "27", "80")])
+    code, _, err = call("--model-file", mlp.model, "--output-dir", tmp_path / "out", "--predict", folder)
+    assert code == 0
+    assert "--read" in only_line(err)
+    assert re.match("2 ", err)
+
+
+@pytest.mark.slow
+@needs_mnist
+def test_numbers_of_test_images(default_run: Run, tmp_path: Path) -> None:
+    """Rows of MNIST's test images are read as numbers; where they touch, more often than not digit by digit."""
+    digits, rng, right = program.load_digits(MNIST), np.random.default_rng(3), {}
+    for kind, overlap in (("apart", -3), ("touching", 1)):
+        texts, pictures = [], []
+        for chosen in rng.integers(0, 10_000, (40, 3)):
+            row, left = np.zeros((36, 100), np.uint8), 8
+            for image in digits.test_images[chosen]:
+                image = image[:, image.max(axis=0) > 60]
+                place = row[4:32, left : left + image.shape[1]]
+                np.maximum(place, image, out=place)
+                left += image.shape[1] - overlap
+            texts.append("".join(map(str, digits.test_labels[chosen])))
+            pictures.append(np.asarray(Image.fromarray(255 - row).resize((300, 108), Image.Resampling.BICUBIC)))
+        flags = "--model-file", default_run.model, "--output-dir", tmp_path / kind, "--no-plots"
+        out = call(*flags, "--read", save_pictures(tmp_path / f"{kind} pictures", pictures))[1]
+        found = dict.fromkeys(sorted((tmp_path / f"{kind} pictures").iterdir()), "")
+        for line in out.splitlines():
+            found[Path(line.split("\t")[0])] += line.split("\t")[2]
+        right[kind] = np.mean([text == number for text, number in zip(texts, found.values(), strict=True)])
+    assert right["apart"] > 0.85
+    assert right["touching"] > 0.6
+
+
 # Unattended runs
 
 
