@@ -34,6 +34,7 @@ The parts that support it come second, because the core can be read without them
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import csv
 import faulthandler
@@ -1619,39 +1620,44 @@ def find_cuts(ink: np.ndarray) -> np.ndarray:
 def join_pieces(pieces: Sequence[Piece]) -> list[Candidate]:
     """All unions of neighbouring pieces that have about the size of a digit."""
     candidates = []
-    for first, stop in itertools.combinations(range(len(pieces) + 1), 2):
-        parts = pieces[first:stop]
-        left, top = min(part.left for part in parts), min(part.top for part in parts)
-        right = max(part.left + part.ink.shape[1] for part in parts)
-        bottom = max(part.top + part.ink.shape[0] for part in parts)
-        too_wide = right - left > 1.4 * LINE_HEIGHT and len(parts) > 1
-        if too_wide or bottom - top < 0.4 * LINE_HEIGHT:
-            continue
-        union = np.zeros((bottom - top, right - left), np.float32)
-        for part in parts:
-            place = union[part.top - top :, part.left - left :][: part.ink.shape[0], : part.ink.shape[1]]
-            np.maximum(place, part.ink, out=place)
-        image = frame_digit(union, lambda drawn: scale(drawn, BOX_SIDE))
-        cut = pieces[first].cut or (stop < len(pieces) and pieces[stop].cut)
-        candidates.append(Candidate(first, stop, image, (left, top, right, bottom), cut))
+    for first in range(len(pieces)):
+        for stop in range(first + 1, len(pieces) + 1):
+            parts = pieces[first:stop]
+            left, top = min(part.left for part in parts), min(part.top for part in parts)
+            right = max(part.left + part.ink.shape[1] for part in parts)
+            bottom = max(part.top + part.ink.shape[0] for part in parts)
+            if right - left > 1.4 * LINE_HEIGHT and len(parts) > 1:
+                break  # no longer union is narrower
+            if bottom - top < 0.4 * LINE_HEIGHT:
+                continue
+            union = np.zeros((bottom - top, right - left), np.float32)
+            for part in parts:
+                place = union[part.top - top :, part.left - left :][: part.ink.shape[0], : part.ink.shape[1]]
+                np.maximum(place, part.ink, out=place)
+            image = frame_digit(union, lambda drawn: scale(drawn, BOX_SIDE))
+            cut = pieces[first].cut or (stop < len(pieces) and pieces[stop].cut)
+            candidates.append(Candidate(first, stop, image, (left, top, right, bottom), cut))
     return candidates
 
 
 def read_line(line: Line, probabilities: np.ndarray, threshold: float) -> list[Digit]:
     """The best way through the pieces of a line, where its candidates have these probabilities, (n, 10)."""
     best: list[tuple[float, list[Digit]]] = [(0.0, [])]  # up to each piece: minus the doubts so far, and the digits
-    scores = digit_scores(probabilities) - threshold
+    ending: dict[int, list[tuple[Candidate, np.ndarray, float]]] = collections.defaultdict(list)
+    for candidate, p, score in zip(
+        line.candidates, probabilities, digit_scores(probabilities) - threshold, strict=True
+    ):
+        ending[candidate.stop].append((candidate, p, score))
     for stop, piece in enumerate(line.pieces, start=1):
         value, digits = best[-1]
         dot = piece.ink.shape[0] < 0.45 * LINE_HEIGHT and not piece.cut
         ways = [(value - (0 if dot else 8) - 5 * piece.ink.size / LINE_HEIGHT**2, digits)]  # it is left out
-        for candidate, p, score in zip(line.candidates, probabilities, scores, strict=True):
-            if candidate.stop == stop:
-                value, digits = best[candidate.first]
-                text = str(p.argmax()) if score > -1.5 else "?"
-                digit = Digit(text, float(p.max()), float(score), candidate.box, candidate.cut)
-                cost = doubt(digit, int(p.argmax())) + line.pieces[candidate.first].cut
-                ways.append((value - cost, [*digits, digit]))
+        for candidate, p, score in ending[stop]:
+            value, digits = best[candidate.first]
+            text = str(p.argmax()) if score > -1.5 else "?"
+            digit = Digit(text, float(p.max()), float(score), candidate.box, candidate.cut)
+            cost = doubt(digit, int(p.argmax())) + line.pieces[candidate.first].cut
+            ways.append((value - cost, [*digits, digit]))
         best.append(max(ways, key=lambda way: way[0]))
     return best[-1][1]
 
