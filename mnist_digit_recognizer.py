@@ -1430,6 +1430,7 @@ def printable(path: Path) -> str:
 # (LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998).
 LINE_HEIGHT = 60  # px, to which the digits of a line are scaled before they are cut
 CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and to either side of which a cut looks for less ink
+CUT_SLANTS = 0.0, 0.3, 0.6  # px to the right for one px up; a line is cut with each of them, and the best reading taken
 UNREADABLE = 8.0  # nats of doubt, beyond which a mark is rather no digit
 MAX_READ_PICTURES = 12  # in numbers.png
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -1455,10 +1456,9 @@ class Candidate(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The pieces of a line, from left to right; `place` takes its boxes to boxes in the picture."""
+    """A line cut in several ways: its pieces, from left to right. `place` takes its boxes to boxes in the picture."""
 
-    pieces: list[Piece]
-    candidates: list[Candidate]
+    ways: list[tuple[list[Piece], list[Candidate]]]
     place: Callable[[Box], Box]
 
 
@@ -1482,14 +1482,18 @@ def find_lines(grey: np.ndarray) -> list[Line]:
     lines = []
     for marks, height in sort_marks(level):
         zoom = LINE_HEIGHT / height
-        pieces = [piece for ink_of_mark, corner in marks for piece in cut_mark(ink_of_mark, corner, zoom)]
+        widest = max(mark.shape[1] for mark, _ in marks) / height
+        ways = []
+        for slant in CUT_SLANTS if widest > 1.2 else CUT_SLANTS[1:2]:  # else a mark is hardly more than one digit
+            pieces = [piece for mark, corner in marks for piece in cut_mark(mark, corner, zoom, slant)]
+            ways.append((pieces, join_pieces(pieces)))
 
         def place(box: Box, zoom: float = zoom) -> Box:
             x, y = np.array([box[0::2] * 2, np.repeat(box[1::2], 2)]) / zoom - np.reshape(level.shape[::-1], (2, 1)) / 2
             x, y = cos * x - sin * y + ink.shape[1] / 2 + left, sin * x + cos * y + ink.shape[0] / 2 + top
             return x.min(), y.min(), x.max(), y.max()
 
-        lines.append(Line(pieces, join_pieces(pieces), place))
+        lines.append(Line(ways, place))
     return lines
 
 
@@ -1571,7 +1575,7 @@ def sort_marks(ink: np.ndarray) -> list[tuple[list[tuple[np.ndarray, tuple[int, 
     return found
 
 
-def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float) -> list[Piece]:
+def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float, slant: float) -> list[Piece]:
     """Scale a mark to the height of its line, thicken it, and, if it is wide, cut it from top to bottom, often."""
     size = max(2, round(ink.shape[1] * zoom)), max(2, round(ink.shape[0] * zoom))
     ink = scipy.ndimage.grey_dilation(ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
@@ -1582,7 +1586,7 @@ def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float) -> list[Piec
     thick = np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
     top, left = (round(place * zoom) - 3 for place in corner)
     wide = size[0] > 0.9 * LINE_HEIGHT and size[1] > 0.4 * LINE_HEIGHT
-    paths = find_cuts(ink) if wide else np.empty((0, len(ink)), int)
+    paths = find_cuts(ink, slant) if wide else np.empty((0, len(ink)), int)
     slice_of = (np.arange(ink.shape[1]) >= paths[:, :, np.newaxis]).sum(axis=0)  # how many cuts are to the left
     pieces = []
     for index in range(len(paths) + 1):
@@ -1592,16 +1596,14 @@ def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float) -> list[Piec
     return pieces
 
 
-def find_cuts(ink: np.ndarray) -> np.ndarray:
-    """Paths along little ink from the top to the bottom of a mark, slanted as it is: columns, int (cuts, height)."""
+def find_cuts(ink: np.ndarray, slant: float) -> np.ndarray:
+    """Paths along little ink from the top to the bottom of a mark: columns, int (cuts, height)."""
     y, x = np.nonzero(ink > 0.5)
     height = len(ink)
-    slants = np.arange(-0.3, 0.81, 0.1)
-    upright = [x + slant * (y - height / 2) for slant in slants]
-    best = max(range(len(slants)), key=lambda i: np.square(np.bincount(np.int_(upright[i] + height))).sum())
-    starts = np.arange(upright[best].min() + CUT_STEP, upright[best].max(), CUT_STEP)
+    upright = x + slant * (y - height / 2)
+    starts = np.arange(upright.min() + CUT_STEP, upright.max(), CUT_STEP)
     reach = np.arange(-CUT_REACH, CUT_REACH + 1)
-    lines = starts - slants[best] * (np.arange(height)[:, np.newaxis] - height / 2)
+    lines = starts - slant * (np.arange(height)[:, np.newaxis] - height / 2)
     columns = np.round(lines[..., np.newaxis] + reach).astype(int).clip(0, ink.shape[1] - 1)  # (height, cuts, reach)
     cost = ink[np.arange(height)[:, np.newaxis, np.newaxis], columns] + 0.08 * np.abs(reach)
     total, came_from = cost[0], []
@@ -1626,47 +1628,57 @@ def join_pieces(pieces: Sequence[Piece]) -> list[Candidate]:
             left, top = min(part.left for part in parts), min(part.top for part in parts)
             right = max(part.left + part.ink.shape[1] for part in parts)
             bottom = max(part.top + part.ink.shape[0] for part in parts)
-            if right - left > 1.4 * LINE_HEIGHT and len(parts) > 1:
+            if right - left > 1.5 * LINE_HEIGHT and len(parts) > 1:
                 break  # no longer union is narrower
-            if bottom - top < 0.4 * LINE_HEIGHT:
+            cut = pieces[first].cut or (stop < len(pieces) and pieces[stop].cut)
+            if bottom - top < 0.4 * LINE_HEIGHT or (cut and right - left > 1.15 * LINE_HEIGHT):
                 continue
             union = np.zeros((bottom - top, right - left), np.float32)
             for part in parts:
                 place = union[part.top - top :, part.left - left :][: part.ink.shape[0], : part.ink.shape[1]]
                 np.maximum(place, part.ink, out=place)
             image = frame_digit(union, lambda drawn: scale(drawn, BOX_SIDE))
-            cut = pieces[first].cut or (stop < len(pieces) and pieces[stop].cut)
             candidates.append(Candidate(first, stop, image, (left, top, right, bottom), cut))
     return candidates
 
 
-def read_line(line: Line, probabilities: np.ndarray, threshold: float) -> list[Digit]:
-    """The best way through the pieces of a line, where its candidates have these probabilities, (n, 10)."""
-    best: list[tuple[float, list[Digit]]] = [(0.0, [])]  # up to each piece: minus the doubts so far, and the digits
-    ending: dict[int, list[tuple[Candidate, np.ndarray, float]]] = collections.defaultdict(list)
-    for candidate, p, score in zip(
-        line.candidates, probabilities, digit_scores(probabilities) - threshold, strict=True
-    ):
-        ending[candidate.stop].append((candidate, p, score))
-    for stop, piece in enumerate(line.pieces, start=1):
-        value, digits = best[-1]
-        dot = piece.ink.shape[0] < 0.45 * LINE_HEIGHT and not piece.cut
-        ways = [(value - (0 if dot else 8) - 5 * piece.ink.size / LINE_HEIGHT**2, digits)]  # it is left out
-        for candidate, p, score in ending[stop]:
-            value, digits = best[candidate.first]
-            text = str(p.argmax()) if score > -1.5 else "?"
-            digit = Digit(text, float(p.max()), float(score), candidate.box, candidate.cut)
-            cost = doubt(digit, int(p.argmax())) + line.pieces[candidate.first].cut
-            ways.append((value - cost, [*digits, digit]))
-        best.append(max(ways, key=lambda way: way[0]))
-    return best[-1][1]
+def read_line(line: Line, probabilities: Iterator[np.ndarray], threshold: float) -> list[Digit]:
+    """The best reading of a line, however it is cut; the probabilities of its candidates, (10,) each, are next."""
+    readings = []
+    for pieces, candidates in line.ways:
+        of_candidates = np.reshape(list(itertools.islice(probabilities, len(candidates))), (-1, 10))
+        readings.append(read_pieces(pieces, candidates, of_candidates, threshold))
+    return min(readings, key=lambda reading: reading[0])[1]
 
 
-def doubt(digit: Digit, best: int) -> float:
-    """How improbable it is, in nats, that what was read as `best` is one whole digit."""
+def read_pieces(
+    pieces: Sequence[Piece], candidates: Sequence[Candidate], probabilities: np.ndarray, threshold: float
+) -> tuple[float, list[Digit]]:
+    """The shortest path through the pieces of a line: the sum of its doubts, and its digits."""
+    ending = collections.defaultdict(list)
+    scores = digit_scores(probabilities) - threshold
+    for candidate, p, score in zip(candidates, probabilities, scores, strict=True):
+        text = str(p.argmax()) if score > -1.5 else "?"
+        digit = Digit(text, float(p.max()), float(score), candidate.box, candidate.cut)
+        ending[candidate.stop].append((candidate.first, doubt(digit, p.argmax() == 1), digit))
+    best: list[tuple[float, list[Digit]]] = [(0.0, [])]  # up to each piece
+    for stop, piece in enumerate(pieces, start=1):
+        so_far, digits = best[-1]
+        slice_of_mark = piece.cut or (stop < len(pieces) and pieces[stop].cut)
+        dot = piece.ink.shape[0] < 0.45 * LINE_HEIGHT and not slice_of_mark
+        paths = [(so_far + (0 if dot else 8) + 5 * piece.ink.size / LINE_HEIGHT**2, digits)]  # it is left out
+        for first, nats, digit in ending[stop]:
+            so_far, digits = best[first]
+            paths.append((so_far + nats, [*digits, digit]))
+        best.append(min(paths, key=lambda path: path[0]))
+    return best[-1]
+
+
+def doubt(digit: Digit, one: bool) -> float:
+    """How improbable it is, in nats, that something was read rightly as one whole digit, perhaps a one."""
     width, height = digit.box[2] - digit.box[0], digit.box[3] - digit.box[1]
-    nats = np.logaddexp(0, 4 - 2 * digit.score) - math.log(digit.confidence) + 6 * max(0, 0.75 - height / LINE_HEIGHT)
-    nats += 3 * (digit.cut and best == 1)  # many a stroke of something else looks like a one
+    nats = 0.7 * max(0, 6 - digit.score) - 0.5 * math.log(digit.confidence) + 6 * max(0, 0.75 - height / LINE_HEIGHT)
+    nats += digit.cut * (0.8 + 2 * one)  # many a stroke of something else looks like a one
     return float(min(nats, UNREADABLE * max(1, width / (0.6 * LINE_HEIGHT))))
 
 
@@ -1680,9 +1692,9 @@ def split_numbers(digits: Sequence[Digit]) -> list[list[Digit]]:
 
 
 def is_word(number: Sequence[Digit]) -> bool:
-    """Whether these are rather letters, of which few pass for digits, and those barely, or as ones when cut apart."""
+    """Whether these are rather letters: few pass for digits, and those barely, or as strokes of a mark cut apart."""
     unread = sum(digit.text == "?" for digit in number)
-    strokes = sum(digit.text == "1" and digit.cut for digit in number)
+    strokes = sum(digit.cut and digit.text in ("1" if len(number) < 4 else "17") for digit in number)
     enough = 1.0 if len(number) == 1 else 2.5
     return 3 * unread > len(number) or 2 * strokes > len(number) or np.mean([d.score for d in number]) < enough
 
@@ -1693,7 +1705,7 @@ def look_at_numbers(path: Path) -> Seen:
     with blame(path, "try again"), Image.open(path, formats=PICTURE_FORMATS) as image:
         size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # upright, as `grey` is
     lines = find_lines(grey)
-    images = [candidate.image for line in lines for candidate in line.candidates]
+    images = [candidate.image for line in lines for _, candidates in line.ways for candidate in candidates]
     return np.reshape(images, (-1, 28, 28)).astype(np.uint8), (np.round(255 * grey).astype(np.uint8), size, lines)
 
 
@@ -1703,10 +1715,9 @@ def tell_numbers(threshold: float, path: Path, seen: tuple | None, probabilities
         return [[printable(path), *[""] * 8]], None
     grey, size, lines = seen
     enlarged = np.divide(size, grey.shape[::-1])
-    ends = np.cumsum([len(line.candidates) for line in lines])
-    rows, marks, index = [], [], 0
-    for line, part in zip(lines, np.split(probabilities, ends)[:-1], strict=True):
-        numbers = split_numbers(read_line(line, part, threshold))
+    rows, marks, index, remaining = [], [], 0, iter(probabilities)
+    for line in lines:
+        numbers = split_numbers(read_line(line, remaining, threshold))
         index += bool(numbers)  # lines without a number do not count
         for number in numbers:
             boxes = np.array([line.place(digit.box) for digit in number])
