@@ -1431,6 +1431,7 @@ def printable(path: Path) -> str:
 LINE_HEIGHT = 60  # px, to which the digits of a line are scaled before they are cut
 CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and to either side of which a cut looks for less ink
 CUT_SLANTS = 0.0, 0.3, 0.6  # px to the right for one px up; a line is cut with each of them, and the best reading taken
+MAX_CUT_MARKS = 60  # in a picture; more of them are handwriting, where cuts find no number but take minutes
 UNREADABLE = 8.0  # nats of doubt, beyond which a mark is rather no digit
 MAX_READ_PICTURES = 12  # in numbers.png
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -1479,12 +1480,13 @@ def find_lines(grey: np.ndarray) -> list[Line]:
     angle = find_tilt(ink)
     level = np.asarray(Image.fromarray(ink).rotate(angle, Image.Resampling.BILINEAR, expand=True))
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    lines = []
-    for marks, height in sort_marks(level):
+    lines, marks_of_lines = [], sort_marks(level)
+    joined = [sum(mark.shape[1] > 1.2 * height for mark, _ in marks) for marks, height in marks_of_lines]
+    for (marks, height), several in zip(marks_of_lines, joined, strict=True):
         zoom = LINE_HEIGHT / height
-        widest = max(mark.shape[1] for mark, _ in marks) / height
+        slants = CUT_SLANTS if several else CUT_SLANTS[1:2]  # else a mark is hardly more than one digit
         ways = []
-        for slant in CUT_SLANTS if widest > 1.2 else CUT_SLANTS[1:2]:  # else a mark is hardly more than one digit
+        for slant in slants if sum(joined) <= MAX_CUT_MARKS else (None,):
             pieces = [piece for mark, corner in marks for piece in cut_mark(mark, corner, zoom, slant)]
             ways.append((pieces, join_pieces(pieces)))
 
@@ -1575,7 +1577,7 @@ def sort_marks(ink: np.ndarray) -> list[tuple[list[tuple[np.ndarray, tuple[int, 
     return found
 
 
-def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float, slant: float) -> list[Piece]:
+def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float, slant: float | None) -> list[Piece]:
     """Scale a mark to the height of its line, thicken it, and, if it is wide, cut it from top to bottom, often."""
     size = max(2, round(ink.shape[1] * zoom)), max(2, round(ink.shape[0] * zoom))
     ink = scipy.ndimage.grey_dilation(ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
@@ -1586,7 +1588,7 @@ def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float, slant: float
     thick = np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
     top, left = (round(place * zoom) - 3 for place in corner)
     wide = size[0] > 0.9 * LINE_HEIGHT and size[1] > 0.4 * LINE_HEIGHT
-    paths = find_cuts(ink, slant) if wide else np.empty((0, len(ink)), int)
+    paths = find_cuts(ink, slant) if wide and slant is not None else np.empty((0, len(ink)), int)
     slice_of = (np.arange(ink.shape[1]) >= paths[:, :, np.newaxis]).sum(axis=0)  # how many cuts are to the left
     pieces = []
     for index in range(len(paths) + 1):

@@ -1680,6 +1680,16 @@ def test_pictures_without_a_number(read: Callable[..., tuple[int, str, str]], tm
     assert_pictures(tmp_path / "out")
 
 
+def test_a_page_of_handwriting_is_not_cut_in_all_places(monkeypatch: Patch) -> None:
+    """Joined letters all over a page would be hundreds of thousands of candidates, and minutes for nothing."""
+    page = np.concatenate([np.concatenate([write("274", gap=-0.1)] * 2, axis=1)] * 2)
+    candidates = []
+    for most in (program.MAX_CUT_MARKS, 3):
+        monkeypatch.setattr(program, "MAX_CUT_MARKS", most)
+        candidates.append(sum(len(found) for line in program.find_lines(1 - page) for _, found in line.ways))
+    assert candidates[1] < 0.1 * candidates[0]
+
+
 def test_numbers_in_pictures_of_extreme_sizes(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     pictures = []
     for height, width in ((1, 1), (2, 2), (1, 3000), (3000, 1), (5, 800), (64, 2000), (3, 40), (300, 300)):
