@@ -1485,9 +1485,10 @@ def find_lines(grey: np.ndarray) -> list[Line]:
     for (marks, height), several in zip(marks_of_lines, joined, strict=True):
         zoom = LINE_HEIGHT / height
         slants = CUT_SLANTS if several else CUT_SLANTS[1:2]  # else a mark is hardly more than one digit
+        scaled = [(*scale_mark(mark, zoom), *(round(at * zoom) - 3 for at in corner)) for mark, corner in marks]
         ways = []
         for slant in slants if sum(joined) <= MAX_CUT_MARKS else (None,):
-            pieces = [piece for mark, corner in marks for piece in cut_mark(mark, corner, zoom, slant)]
+            pieces = [piece for mark in scaled for piece in cut_mark(*mark, slant)]
             ways.append((pieces, join_pieces(pieces)))
 
         def place(box: Box, zoom: float = zoom) -> Box:
@@ -1577,17 +1578,20 @@ def sort_marks(ink: np.ndarray) -> list[tuple[list[tuple[np.ndarray, tuple[int, 
     return found
 
 
-def cut_mark(ink: np.ndarray, corner: tuple[int, int], zoom: float, slant: float | None) -> list[Piece]:
-    """Scale a mark to the height of its line, thicken it, and, if it is wide, cut it from top to bottom, often."""
+def scale_mark(ink: np.ndarray, zoom: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scale a mark to the height of its line, with a margin of 3 px; the same with its strokes thickened."""
     size = max(2, round(ink.shape[1] * zoom)), max(2, round(ink.shape[0] * zoom))
     ink = scipy.ndimage.grey_dilation(ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
     ink = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     margin = max(0.0, MIN_STROKE * LINE_HEIGHT / BOX_SIDE - stroke_width(ink)) / 2
     ink = np.pad(ink, 3)
     outside = scipy.ndimage.distance_transform_edt(ink < 0.5)
-    thick = np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
-    top, left = (round(place * zoom) - 3 for place in corner)
-    wide = size[0] > 0.9 * LINE_HEIGHT and size[1] > 0.4 * LINE_HEIGHT
+    return ink, np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
+
+
+def cut_mark(ink: np.ndarray, thick: np.ndarray, top: int, left: int, slant: float | None) -> list[Piece]:
+    """Cut a scaled mark, its corner at `top` and `left`, from top to bottom, often, if it is wide and has a slant."""
+    wide = ink.shape[1] - 6 > 0.9 * LINE_HEIGHT and ink.shape[0] - 6 > 0.4 * LINE_HEIGHT
     paths = find_cuts(ink, slant) if wide and slant is not None else np.empty((0, len(ink)), int)
     slice_of = (np.arange(ink.shape[1]) >= paths[:, :, np.newaxis]).sum(axis=0)  # how many cuts are to the left
     pieces = []
