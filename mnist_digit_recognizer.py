@@ -1040,9 +1040,8 @@ def cut_between(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -
     """Write two uint8 (28, 28) digits side by side, and cut out more than one of them, or no whole one: (28, 28)."""
     left, right = (image[:, np.flatnonzero(image.max(axis=0) > 50)] for image in (left, right))
     place = max(0, left.shape[1] + rng.integers(-3, 4))  # of the second, which may touch the first
-    row = np.zeros((28, place + right.shape[1] + 3), np.float32)
-    row[:, : left.shape[1]] = left
-    row[:, place : place + right.shape[1]] = np.maximum(row[:, place : place + right.shape[1]], right)
+    row = np.pad(right, ((0, 0), (place, 3))).astype(np.float32)
+    row[:, : left.shape[1]] = np.maximum(row[:, : left.shape[1]], left)
     start, stop = rng.uniform(0.3, 0.7) * left.shape[1], place + rng.uniform(0.3, 0.7) * right.shape[1]
     start, stop = ((0, stop), (start, row.shape[1]), (start, stop), (0, row.shape[1]))[rng.integers(4)]
     return frame_digit(row[:, int(start) : math.ceil(stop)] / 255)
