@@ -900,17 +900,11 @@ def synthetic_digits(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw (n, 28, 28) uint8 images of digits, light on black, and their (n,) uint8 labels, all equally often."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % 10)
-    counts = np.array([len(ways_to_write(str(digit))) for digit in range(10)])
+    ways = [WAYS[digit] for digit in "0123456789"]
+    counts = np.array([len(each) for each in ways])
     firsts = np.cumsum(counts) - counts  # where each digit's ways begin in the list of all ways
     choices = firsts[labels] + rng.integers(counts[labels])
-    return draw_ways(ways_to_write(*"0123456789"), choices, rng), labels.astype(np.uint8)
-
-
-def ways_to_write(*labels: str) -> list[str]:
-    """All ways to write digits, letters or marks, from the appendix, in its order."""
-    strokes = re.sub(r"(\S+)\s+>", r"\1 / \1", STROKES)  # a corner ends one stroke and starts the next
-    ways = dict(re.findall(r"(\w+):([^:]*)\n", strokes))
-    return [way for label in labels for way in ways[label].split("|")]
+    return draw_ways([*itertools.chain(*ways)], choices, rng), labels.astype(np.uint8)
 
 
 def draw_ways(ways: Sequence[str], choices: np.ndarray, rng: np.random.Generator, turn: float = 0.12) -> np.ndarray:
@@ -925,6 +919,7 @@ def draw_ways(ways: Sequence[str], choices: np.ndarray, rng: np.random.Generator
 
 def trace_strokes(way: str, n: int, rng: np.random.Generator) -> np.ndarray:
     """Write one way n times, each time through slightly other points: -> (n, samples, 2) points along its curves."""
+    way = re.sub(r"(\S+)\s+>", r"\1 / \1", way)  # a corner ends one stroke and starts the next
     strokes = [np.array([p.split(",") for p in stroke.split()], float) / 100 - 0.5 for stroke in way.split("/")]
     # A point that two strokes share moves once, for both: strokes that meet still do.
     places, which = np.unique(np.concatenate(strokes), axis=0, return_inverse=True)
@@ -976,8 +971,8 @@ def render_strokes(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def draw_non_digits(n: int, rng: np.random.Generator) -> np.ndarray:
     """Draw n images that show no digit, in random order: -> (n, 28, 28) uint8."""
-    letters, marks = ways_to_write("letter"), ways_to_write("mark")
-    characters = ways_to_write(*"0123456789") + letters
+    letters, marks = WAYS["letter"], WAYS["mark"]
+    characters = [way for label in WAYS if label != "mark" for way in WAYS[label]]
     sizes = rng.multinomial(n, (0.35, 0.3, 0.15, 0.1, 0.1))
     drawn = [
         draw_ways(letters, rng.integers(len(letters), size=sizes[0]), rng),
@@ -2378,6 +2373,7 @@ mark: 5,55 20,75 35,95 > 65,50 95,5 | 66,36 42,34 36,58 56,66 66,36 68,62 88,60 
 60,68 20,100 | 0,0 50,0 100,0 / 0,50 50,50 100,50 / 0,100 50,100 100,100 / 0,0 0,50 0,100 / 50,0 50,50 50,100 / 100,0
 100,100
 """
+WAYS = {label: ways.split("|") for label, ways in re.findall(r"(\w+):([^:]*)\n", STROKES)}  # of each label
 
 if __name__ == "__main__":  # below the tables, which it needs
     if sys.stdout is None or hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
