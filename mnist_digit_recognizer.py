@@ -775,8 +775,7 @@ def plot_training_curves(path: Path, history: list[Row], dataset: str) -> None:
     with new_figure(path, 12, 4.6, title, subtitle) as figure:
         for axes, (name, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
             for (key, colour), rows in itertools.product(lines.items(), by_seed):
-                epochs, values = zip(*((row["epoch"], row[key]) for row in rows), strict=True)
-                axes.plot(epochs, values, "o-", color=colour, markersize=4)
+                axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-", color=colour, markersize=4)
             axes.set(title=name, xlabel="epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.25)
