@@ -1287,13 +1287,8 @@ def segment_ink(grey: np.ndarray, select: Callable[[np.ndarray, float], np.ndarr
     return np.where(drawn, np.clip((ink - middle) / (0.95 * full), 0, 1), 0).astype(np.float32)
 
 
-def picture_to_digit(grey: np.ndarray) -> np.ndarray:
-    """Turn a grey picture into one like MNIST's: uint8 (28, 28), light on black, centred by mass; all 0 if blank."""
-    return frame_digit(segment_ink(grey))
-
-
 def frame_digit(ink: np.ndarray, fit: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
-    """Crop ink, float32 (height, width) in [0, 1], fit it in a box and centre it by mass: uint8 (28, 28)."""
+    """Crop ink, float32 (height, width) in [0, 1], fit it in a box, centre it by mass: uint8 (28, 28); 0 if blank."""
     boxes = scipy.ndimage.find_objects(np.uint8(ink > 0.15))
     if not boxes:
         return np.zeros((DIGIT_SIDE, DIGIT_SIDE), np.uint8)
@@ -1383,7 +1378,7 @@ def recognise_files(
 def look_at_digit(path: Path) -> Seen:
     """The digit that a picture shows; a thumbnail of the picture, and the digit."""
     grey = read_picture(path)
-    digit = picture_to_digit(grey)
+    digit = frame_digit(segment_ink(grey))
     thumbnail = scale(grey, min(200, max(grey.shape)))
     return digit[np.newaxis], [np.round(255 * thumbnail).astype(np.uint8), digit]
 

@@ -1303,6 +1303,10 @@ def saved(folder: Path, levels: np.ndarray | Image.Image, ending: str = "jpg", *
     return program.read_picture(path)
 
 
+def picture_to_digit(grey: np.ndarray) -> np.ndarray:
+    return program.frame_digit(program.segment_ink(grey))
+
+
 def likeness(one: np.ndarray, other: np.ndarray) -> float:
     """The correlation of two digits, slightly blurred, where shifted by a pixel they fit best: at most 1."""
     one, other = (ndimage.gaussian_filter(digit.astype(float), 1) for digit in (one, other))
@@ -1358,7 +1362,7 @@ def test_box_centre_stroke_and_parts(name: str, pen: float) -> None:
     """For dark ink on light paper, and for light on dark; no part of a digit is lost."""
     ink = drawing(name, (600, 800), 360, pen, corner=(20, 430))
     for levels in (1 - ink, ink):
-        digit = program.picture_to_digit(levels)
+        digit = picture_to_digit(levels)
         assert (digit.dtype, digit.shape) == (np.uint8, (28, 28))
         assert 18 <= max(np.ptp(np.nonzero(digit > 20), axis=1)) + 1 <= 21
         assert np.abs(np.array(ndimage.center_of_mass(digit)) - 14).max() < 0.6
@@ -1370,16 +1374,16 @@ def test_box_centre_stroke_and_parts(name: str, pen: float) -> None:
 
 def test_an_mnist_image_stays_as_it_is() -> None:
     ink = drawing("4", (28, 28), 17.5, 2.6, corner=(5, 5))
-    once = program.picture_to_digit(ink) / np.float32(255)
-    assert np.abs(once - program.picture_to_digit(1 - ink) / 255).max() < 0.05
-    assert np.abs(once - program.picture_to_digit(once) / 255).mean() < 0.015
+    once = picture_to_digit(ink) / np.float32(255)
+    assert np.abs(once - picture_to_digit(1 - ink) / 255).max() < 0.05
+    assert np.abs(once - picture_to_digit(once) / 255).mean() < 0.015
 
 
 @pytest.mark.parametrize("side", [8, 12, 16, 28, 60])
 def test_small_pictures_touching_their_border(side: int) -> None:
-    ink, wanted = drawing("7", (side, side), side * 0.9, side / 8), program.picture_to_digit(1 - drawing("7", pen=22))
+    ink, wanted = drawing("7", (side, side), side * 0.9, side / 8), picture_to_digit(1 - drawing("7", pen=22))
     for levels in (ink, 1 - ink):
-        assert likeness(program.picture_to_digit(levels), wanted) > 0.85
+        assert likeness(picture_to_digit(levels), wanted) > 0.85
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -1388,7 +1392,7 @@ def test_specks_are_dropped(seed: int) -> None:
     specks = np.zeros_like(ink)
     specks[rng.integers(0, 300, 20), rng.integers(0, 400, 20)] = 1
     dusty = np.maximum(ink, ndimage.grey_dilation(specks, size=(2, 2)))
-    assert likeness(program.picture_to_digit(1 - dusty), program.picture_to_digit(1 - ink)) > 0.98
+    assert likeness(picture_to_digit(1 - dusty), picture_to_digit(1 - ink)) > 0.98
 
 
 PENS = {"blue": (0.1, 0.15, 0.5), "black": (0.05, 0.05, 0.05), "red": (0.6, 0.1, 0.1), "pencil": (0.55, 0.55, 0.55)}
@@ -1418,8 +1422,8 @@ def test_photographs(name: str, pen: float, scene: str, tmp_path: Path) -> None:
     """A photograph gives the same digit as a clean drawing does."""
     ink, how = drawing(name, size=170, pen=pen, angle=pen - 18), dict(SCENES[scene])
     drawn = np.maximum(ink, 0.45 * how.pop("lines", np.zeros(1)))
-    digit = program.picture_to_digit(saved(tmp_path, photograph(drawn, np.random.default_rng(pen), **how), quality=70))
-    assert likeness(digit, program.picture_to_digit(1 - ink)) > 0.9
+    digit = picture_to_digit(saved(tmp_path, photograph(drawn, np.random.default_rng(pen), **how), quality=70))
+    assert likeness(digit, picture_to_digit(1 - ink)) > 0.9
 
 
 def test_blank_pictures_have_no_ink(tmp_path: Path) -> None:
@@ -1427,10 +1431,10 @@ def test_blank_pictures_have_no_ink(tmp_path: Path) -> None:
     rng, shapes = np.random.default_rng(0), [(1, 1), (8, 8), (28, 28), (200, 200), (600, 800), (5, 900)]
     for shape, level in itertools.product(shapes, [0, 6, 90, 200, 255]):
         grey = saved(tmp_path, np.full((*shape, 3), (level, level // 2, level), np.uint8), quality=40)
-        assert not program.picture_to_digit(grey).any(), (shape, level)
+        assert not picture_to_digit(grey).any(), (shape, level)
     for shape, noise in itertools.product(shapes[3:5], np.linspace(0, 0.05, 8)):
         grey = saved(tmp_path, photograph(np.zeros(shape), rng, noise=noise), quality=int(rng.integers(30, 95)))
-        assert not program.picture_to_digit(grey).any(), (shape, noise)
+        assert not picture_to_digit(grey).any(), (shape, noise)
 
 
 def save_pictures(folder: Path, images: Any, inverted: bool = False) -> Path:
