@@ -305,8 +305,7 @@ def augment_fast(config: Config, images: tf.Tensor, seed: tf.Tensor) -> tf.Tenso
 
 def move(config: Config, images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Turn, shear, zoom, shift and mirror each image by a random affine map of its own, all in one operation."""
-    turn, shift = math.radians(config.rotation), config.shift * 28
-    limits = turn, config.shear, config.zoom, config.zoom, shift, shift
+    limits = math.radians(config.rotation), config.shear, config.zoom, config.zoom, config.shift * 28, config.shift * 28
     *values, mirror = tf.unstack(tf.random.stateless_uniform([7, tf.shape(images)[0]], seed))
     signed = [(2 * value - 1) * limit for value, limit in zip(values, limits, strict=True)]
     angle, shear, zoom_x, zoom_y, shift_x, shift_y = signed
