@@ -707,15 +707,12 @@ def new_figure(path: Path, width: float, height: float, title: str, subtitle: st
 
 
 def show_image(axes: matplotlib.axes.Axes, image: np.ndarray, title: str = "") -> None:
-    """Draw one image, uint8 (height, width) grey or (height, width, 3) colour, with a title and without an axis."""
+    """Draw uint8 (height, width) in grey or (height, width, 3) in colour, or a sheet of (rows, columns, 28, 28)."""
+    if image.ndim == 4:  # with a black line around each image
+        image = np.hstack(np.hstack(np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)))))
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(title, fontsize=10, loc="center", pad=3)
     axes.set_axis_off()
-
-
-def contact_sheet(images: np.ndarray) -> np.ndarray:
-    """Lay out uint8 (rows, columns, 28, 28) as one image, with a black line around each."""
-    return np.hstack(np.hstack(np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))))
 
 
 def plot_samples(path: Path, images: np.ndarray, labels: np.ndarray, dataset: str) -> None:
@@ -728,7 +725,7 @@ def plot_samples(path: Path, images: np.ndarray, labels: np.ndarray, dataset: st
             found = images[labels == digit][:12]
             sheet[digit, : len(found)] = found
             axes.text(-12, 30 * digit + 15, str(digit), fontsize=13, ha="center", va="center")
-        show_image(axes, contact_sheet(sheet))
+        show_image(axes, sheet)
 
 
 def plot_pixels(path: Path, image: np.ndarray, label: int) -> None:
@@ -757,8 +754,8 @@ def plot_augmentation(path: Path, originals: np.ndarray, variants: np.ndarray, h
     subtitle = f"Left: the original. Right: {versions} versions of it to train on (--augment {how})."
     with new_figure(path, versions + 1.4, count + 1.0, "New training images out of old ones", subtitle) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1, versions])
-        show_image(left, contact_sheet(originals[:, np.newaxis]), "original")
-        show_image(right, contact_sheet(variants), "augmented")
+        show_image(left, originals[:, np.newaxis], "original")
+        show_image(right, variants, "augmented")
 
 
 def plot_training_curves(path: Path, history: list[Row], dataset: str) -> None:
