@@ -845,8 +845,7 @@ def draw_card(axes: matplotlib.axes.Axes, card: Card, left: float, right: float,
     """A title and the verdict; below them the pictures, each in a square of 1 x 1, and the bars."""
     title, verdict, good, pictures, probabilities, chosen = card
     axes.text(left, top + 0.08, title, fontsize=8.5, va="bottom", parse_math=False)
-    style = {"color": INK if good else RED, "fontweight": "bold", "fontsize": 9.5}
-    axes.text(right, top + 0.08, verdict, ha="right", va="bottom", **style)
+    axes.text(right, top + 0.08, verdict, color=INK if good else RED, weight="bold", size=9.5, ha="right", va="bottom")
     for index, picture in enumerate(pictures):
         middle, (tall, wide) = left + 1.08 * index + 0.5, np.array(picture.shape) / max(picture.shape) / 2
         box = middle - wide, middle + wide, top - 0.5 - tall, top - 0.5 + tall
