@@ -1795,16 +1795,14 @@ def stop_on_signals() -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into `Stopped`, so that the run tidies up; a second one ends it at once."""
     received: list[int] = []
 
-    def stop(number: int, frame: Any) -> NoReturn:
-        received.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        if hasattr(signal, "setitimer"):  # not on Windows
-            signal.signal(signal.SIGALRM, stop_again)
-            signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
-        raise Stopped(number)
-
-    def stop_again(number: int, frame: Any) -> None:
+    def stop(number: int, frame: Any) -> None:
+        if number in before:  # else it is the alarm
+            received.append(number)
+            for each in before:
+                signal.signal(each, signal.SIG_DFL)
+            if hasattr(signal, "setitimer"):  # not on Windows
+                signal.signal(signal.SIGALRM, stop)
+                signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
         # Python drops what is raised while it frees an object, as it often does among imports, and the run would go on.
         if not isinstance(sys.exc_info()[1], Stopped):  # else it is tidying up
             raise Stopped(received[0])
