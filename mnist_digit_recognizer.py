@@ -1826,27 +1826,23 @@ def stop_on_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
     """Make the output folder and keep other runs out of it. Raises Failure where one holds it, or it is read-only."""
+    lock = folder / ".lock"
     with blame(f"--output-dir {folder}", "give a folder that can be written to"):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     with open(descriptor):  # closing it gives up the lock
-        lock(descriptor, folder)
-        (folder / ".lock").write_text(f"process {os.getpid()} on {platform.node()}")
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = lock.read_text(errors="replace") or "another run"
+            raise Failure(f"--output-dir {folder}: in use by {holder}; wait, or give another --output-dir") from error
+        except (ImportError, OSError) as error:  # Windows, and some file systems
+            warn(f"WARNING: --output-dir {folder}: no locks here ({describe(error)}); start one run at a time")
+        lock.write_text(f"process {os.getpid()} on {platform.node()}")
         finish_publishing(folder)
         yield
-
-
-def lock(descriptor: int, folder: Path) -> None:
-    """Take the lock on an open file. Raises Failure where another run has it."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        holder = (folder / ".lock").read_text(errors="replace") or "another run"
-        raise Failure(f"--output-dir {folder}: in use by {holder}; wait, or give another --output-dir") from error
-    except (ImportError, OSError) as error:  # Windows, and some file systems
-        warn(f"WARNING: --output-dir {folder}: no locks here ({describe(error)}); start one run at a time")
 
 
 @contextlib.contextmanager
