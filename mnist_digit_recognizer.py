@@ -1738,11 +1738,10 @@ FOREIGN_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "FlaxLayer", "JaxLa
 
 def say(line: str, stream: TextIO | None = None) -> None:
     """Print a line at once, so that a log file can be followed."""
-    stream = stream or sys.stdout
     try:
         print(line, file=stream, flush=True)
     except OSError:  # whoever read along has gone, or the log's disk is full: the run goes on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def warn(line: str) -> None:
@@ -2000,10 +1999,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none that can be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
