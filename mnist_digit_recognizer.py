@@ -1773,8 +1773,6 @@ def blame(what: object, advice: str) -> Iterator[None]:
     """Make a Failure of whatever is raised inside: libraries raise a dozen kinds of errors at a damaged file."""
     try:
         yield
-    except Failure:
-        raise
     except Exception as error:
         raise Failure(f"{what}: {describe(error)}; {advice}") from error
 
