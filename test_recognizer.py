@@ -13,6 +13,7 @@ import contextlib
 import csv
 import datetime
 import errno
+import functools
 import gzip
 import hashlib
 import io
@@ -239,13 +240,17 @@ def trained(training: tuple[Path, subprocess.Popen[str]]) -> Run:
     return Run(folder, stdout, stderr, read_metrics(folder))
 
 
+def train_small(data: Path, folder: Path, *flags: object, code: int = 0) -> Run:
+    """Train the small network in this process, with the flags given."""
+    result = call("--data", data, "--model", "mlp", "--output-dir", folder, *flags)
+    assert result[0] == code, result
+    return Run(folder, result[1], result[2], read_metrics(folder))
+
+
 @pytest.fixture(scope="session")
 def mlp(training: object, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with all results of the small network, which loads and predicts faster; others only read it."""
-    folder = tmp_path_factory.mktemp("mlp")
-    flags = f"--data {tiny} --model mlp --epochs 3 --quiet --output-dir {folder}"
-    assert program.main(flags.split()) == 0
-    return Run(folder, "", "", read_metrics(folder))
+    return train_small(tiny, tmp_path_factory.mktemp("mlp"), "--epochs", 3)
 
 
 @pytest.fixture
@@ -264,15 +269,8 @@ def untouched(earlier: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def train(tiny: Path, tmp_path: Path) -> Train:
-    """Train the small network in this process, with the flags given."""
-
-    def run(*flags: object, code: int = 0, name: str = "out", plots: bool = False) -> Run:
-        defaults = "--data", tiny, "--model", "mlp", "--epochs", 1, "--output-dir", tmp_path / name
-        result = call(*defaults, *([] if plots else ["--no-plots"]), *flags)
-        assert result[0] == code, result
-        return Run(tmp_path / name, result[1], result[2], read_metrics(tmp_path / name))
-
-    return run
+    """Train the small network for an epoch and without plots, or with the flags given."""
+    return functools.partial(train_small, tiny, tmp_path / "out", "--epochs", 1, "--no-plots")
 
 
 # Data: what is read
@@ -913,9 +911,10 @@ def test_mlp_learns(train: Train, trained: Run) -> None:
 
 
 @pytest.mark.slow
-def test_few_images(train: Train) -> None:
+def test_few_images(tiny: Path, tmp_path: Path) -> None:
     """Not every digit is among them, and they do not fill a batch."""
-    assert names(train("--train-limit", 2, "--validation-split", 0.5, plots=True).folder) == TABLES | PICTURES
+    train_small(tiny, tmp_path, "--epochs", 1, "--train-limit", 2, "--validation-split", 0.5)
+    assert names(tmp_path) == TABLES | PICTURES
 
 
 def test_patience_keeps_the_best_weights(train: Train, arrays: Arrays) -> None:
@@ -2047,10 +2046,9 @@ RESUMABLE = "--model", "mlp", "--augment", "fast", "--dropout", 0.2, "--patience
 def stopped(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two folders: `out`, of a run stopped after its second epoch, and `whole`, of the same run left alone."""
     folder = tmp_path_factory.mktemp("stopped")
-    flags = [str(flag) for flag in ("--data", tiny, *RESUMABLE, "--no-plots", "--quiet", "--output-dir")]
     with killed_at(2):
-        program.main([*flags, str(folder / "out")])
-    assert program.main([*flags, str(folder / "whole")]) == 0
+        train_small(tiny, folder / "out", *RESUMABLE, "--no-plots")
+    train_small(tiny, folder / "whole", *RESUMABLE, "--no-plots")
     return folder
 
 
@@ -2281,9 +2279,8 @@ def pair(mlp: Run, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Folders `one` and `two` of runs with seeds 0 and 1, and `both` of a run with both as members."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "one").symlink_to(mlp.folder)
-    for name, flags in {"two": "--seed 1", "both": "--members 2"}.items():
-        flags = f"--data {tiny} --model mlp --epochs 3 --no-plots --quiet --output-dir {folder / name} {flags}"
-        assert program.main(flags.split()) == 0
+    for name, *flags in (("two", "--seed", 1), ("both", "--members", 2)):
+        train_small(tiny, folder / name, "--epochs", 3, "--no-plots", *flags)
     return folder
 
 
