@@ -106,10 +106,10 @@ def call(*arguments: object) -> tuple[int, str, str]:
     return code, out, err
 
 
-def refused(*arguments: object) -> str:
+def refused(*arguments: object, code: int = 1) -> str:
     """The one line on standard error of a run that fails."""
-    code, out, err = call("--quiet", *arguments)
-    assert (code, out) == (1, "")
+    found, out, err = call("--quiet", *arguments)
+    assert (found, out) == (code, "")
     return only_line(err)
 
 
@@ -704,9 +704,7 @@ WRONG_FLAGS = """
 @pytest.mark.parametrize("line", [*re.split(r"\s*[|\n]\s*", WRONG_FLAGS.strip()), f"--seed 1{'0' * 400}"])
 def test_wrong_flag(line: str, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(*line.split())
-    assert (code, out) == (2, "")
-    assert ("yes" if line == "--flip yes" else line.split()[0]) in only_line(err)
+    assert ("yes" if line == "--flip yes" else line.split()[0]) in refused(*line.split(), code=2)
     assert not any(tmp_path.iterdir())
 
 
@@ -1957,10 +1955,9 @@ def test_a_signal_that_becomes_another_error_is_still_a_signal(
 
     monkeypatch.setattr(program, "load_digits" if job == "--seed 1" else "load_model", stop)
     monkeypatch.chdir(save_pictures(untouched.with_name("pictures"), np.zeros((1, 28, 28), np.uint8)))
-    code, _, err = call(*job.split(), "--data", tiny, "--output-dir", untouched)
-    assert code == 143
-    assert "SIGTERM" in only_line(err)
-    assert ("--resume" in err) == (job == "--seed 1")
+    line = refused(*job.split(), "--data", tiny, "--output-dir", untouched, code=143)
+    assert "SIGTERM" in line
+    assert ("--resume" in line) == (job == "--seed 1")
 
 
 @posix
@@ -1983,9 +1980,8 @@ def test_a_signal_that_is_dropped_comes_again(untouched: Path, tiny: Path, monke
 
     monkeypatch.setattr(program, "load_digits", load_digits)
     monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)  # pytest's own fails the test
-    code, _, err = call("--data", tiny, "--output-dir", untouched)
-    assert (code, tidied) == (130, [str(tiny)])
-    assert "SIGINT" in only_line(err)
+    assert "SIGINT" in refused("--data", tiny, "--output-dir", untouched, code=130)
+    assert tidied == [str(tiny)]
 
 
 @posix
@@ -2099,8 +2095,7 @@ def test_full_disk_keeps_results(size: int, untouched: Path, tiny: Path) -> None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        line = refused("--data", tiny, "--model", "mlp", "--epochs", 1, "--output-dir", untouched)
-        assert str(untouched) in line
+        assert str(untouched) in refused("--data", tiny, "--model", "mlp", "--epochs", 1, "--output-dir", untouched)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
