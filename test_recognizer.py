@@ -44,6 +44,7 @@ from scipy import ndimage
 
 import mnist_digit_recognizer as program
 
+keras = program.keras  # imported when something in it is first asked for
 SCRIPT = Path(program.__file__).resolve()
 README = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
 MNIST = os.environ.get("MNIST_DATA", "")
@@ -564,8 +565,6 @@ def test_missing_things(line: str, untouched: Path, tiny: Path, tmp_path: Path) 
 
 def strange_model(kind: str, path: Path) -> None:
     """A model that is refused: of another shape, without probabilities, or with code of its own."""
-    import keras
-
     layers, digits, flat = keras.layers, keras.Input((28, 28, 1)), keras.layers.Flatten()
     head = [flat, layers.Dense(10, activation="softmax")]
     stacks = {
@@ -613,8 +612,6 @@ def test_model_files_that_are_refused(kind: str, mlp: Run, untouched: Path, tiny
 @pytest.mark.filterwarnings("ignore:.*lambda:UserWarning")
 def test_other_models_of_keras_can_be_used(tiny: Path, arrays: Arrays, tmp_path: Path) -> None:
     """Of any size, regularised, compiled with a loss of one's own, nested."""
-    import keras
-
     layers, inputs, inner_inputs = keras.layers, keras.Input((28, 28, 1)), keras.Input((28, 28, 1))
     convolution = layers.Conv2D(8, 3, 2, activation="relu", kernel_regularizer="l2", kernel_constraint="non_neg")
     inner = keras.Sequential([inner_inputs, convolution, layers.MaxPooling2D(), layers.Dropout(0.5), layers.Flatten()])
@@ -925,8 +922,6 @@ def test_loss_that_is_nan(untouched: Path, tiny: Path) -> None:
 
 def test_steps_of_the_optimizer() -> None:
     """A kernel's step is nearly orthogonal, however uneven its gradient; the last layer and vectors follow Adam."""
-    import keras
-
     shapes, rng = [(3, 3, 8, 16), (72, 16), (16, 10), (16,)], np.random.default_rng(0)
     gradients = [(rng.normal(size=shape) * np.linspace(0.1, 1, shape[-1])).astype("f") for shape in shapes]
     variables = [keras.Variable(np.zeros(shape, "f")) for shape in shapes]
@@ -1061,8 +1056,6 @@ def test_metrics_agree_with_the_tables(trained: Run, arrays: Arrays) -> None:
 
 def probabilities(model: Path, images: np.ndarray) -> np.ndarray:
     """What plain Keras makes of a saved model, in safe mode."""
-    import keras
-
     return keras.models.load_model(model).predict(images[..., None] / np.float32(255), verbose=0).astype(float)
 
 
@@ -2177,11 +2170,9 @@ def test_an_empty_file_among_ready_results_blocks_nothing(content: Any, earlier:
 
 @pytest.mark.parametrize("kind", ["memory", "device memory", "disk"])
 def test_errors_of_the_machine_are_one_line(kind: str, tiny: Path, tmp_path: Path, monkeypatch: Patch) -> None:
-    import tensorflow as tf
-
     error, named = {
         "memory": (MemoryError(), "--batch-size"),
-        "device memory": (tf.errors.ResourceExhaustedError(None, None, "OOM " * 999), "--batch-size"),
+        "device memory": (program.tf.errors.ResourceExhaustedError(None, None, "OOM " * 999), "--batch-size"),
         "disk": (OSError(errno.EIO, "Input/output error", "/somewhere/else"), "/somewhere/else"),
     }[kind]
     monkeypatch.setattr(program, "build_model", raising(error))
@@ -2270,14 +2261,11 @@ def test_ensemble_is_one_plain_model(pair: Path, tiny: Path, arrays: Arrays, tmp
 
 def test_refused_ensembles(pair: Path, untouched: Path, tiny: Path, arrays: Arrays, tmp_path: Path) -> None:
     """Of folders without a model, of models that do not fit, and calibrated on images a member was trained on."""
-    import keras
-    from keras import layers
-
     for name in ("empty", "text", "foreign", "headless"):
         (tmp_path / name).mkdir()
     (tmp_path / "text" / "model.keras").write_text("no model")
     strange_model("code", tmp_path / "foreign" / "model.keras")
-    headless = [keras.Input((28, 28, 1)), layers.Conv2D(10, 28), layers.Reshape((10,))]
+    headless = [keras.Input((28, 28, 1)), keras.layers.Conv2D(10, 28), keras.layers.Reshape((10,))]
     keras.Sequential(headless).save(tmp_path / "headless" / "model.keras")
     np.savez(tmp_path / "other.npz", **(arrays | {"x_train": arrays["x_train"][::-1]}))
     flags = "--data", tiny, "--output-dir", untouched, "--combine", pair / "one"
