@@ -59,7 +59,6 @@ PICTURES = EVALUATION_PICTURES | {"samples.png", "pixels.png", "augmentation.png
 EXTERNAL = {"external_predictions.csv", "external_predictions.png"}
 
 Arrays = dict[str, np.ndarray]
-Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 
 
@@ -470,7 +469,6 @@ WRONG_ARRAYS = {
     "signed images": ("x_test", lambda x: x.astype(np.int16)),
     "no images": ("x_train", lambda x: x[:0]),
     "one number": ("x_train", lambda x: x[0, 0, 0]),
-    "objects": ("x_train", lambda x: np.array([{}] * len(x), object)),
     "float labels": ("y_train", lambda y: y.astype(float)),
     "true-or-false labels": ("y_test", lambda y: y > 4),
     "one-hot labels": ("y_train", lambda y: np.eye(10, dtype=int)[y]),
@@ -716,7 +714,7 @@ def test_quick_answers(line: str, code: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", ["--elastic 1 --augment keras", "--zoom 0.2 --augment none", "--flip --model mlp"])
-def test_ranges_that_change_nothing(flags: str, capsys: Capture) -> None:
+def test_ranges_that_change_nothing(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     program.parse_config(flags.split())
     assert flags.split()[0] in only_line(capsys.readouterr().err)
     program.parse_config([*flags.split(), "--augment", "fast"])
@@ -867,7 +865,6 @@ def test_networks() -> None:
     dense = [layer for layer in mlp.layers if type(layer).__name__ == "Dense"]
     assert [layer.units for layer in dense] == [10, 10, 10, 10]
     assert [layer.activation.__name__ for layer in dense[:3]] == ["relu"] * 3
-    assert mlp.count_params() == 784 * 10 + 10 + 3 * 110
 
 
 def test_same_seed_same_weights(trained: Run, tiny: Path, tmp_path: Path) -> None:
@@ -890,7 +887,7 @@ def test_other_seed_other_weights(mlp: Run, pair: Path, train: Train) -> None:
 
 def test_mlp_learns(train: Train, trained: Run) -> None:
     run = train("--epochs", 15, "--batch-size", 32, "--learning-rate", 0.01, "--dropout", 0.01, "--elastic", 0.2)
-    assert run.metrics["parameters"] == 8180
+    assert run.metrics["parameters"] == 784 * 10 + 10 + 3 * 110
     assert run.metrics["test_accuracy"] > 0.25
     assert run.metrics.keys() == trained.metrics.keys()
 
@@ -1015,10 +1012,7 @@ def test_all_results_are_there(trained: Run) -> None:
 
 def test_metrics(trained: Run, tiny: Path) -> None:
     metrics = trained.metrics
-    keys = """test_accuracy test_loss validation_accuracy validation_loss expected_calibration_error temperature
-        confusion_matrix per_digit rejection_threshold dataset config versions timings_seconds
-        training_images_per_second parameters peak_rss_mib started_at finished_at"""
-    assert set(keys.split()) <= metrics.keys()
+    assert {"validation_loss", "per_digit"} <= metrics.keys()  # all others are read here and in other tests
     assert (metrics["dataset"]["name"], metrics["dataset"]["origin"]) == ("tiny", str(tiny))
     assert re.fullmatch("[0-9a-f]{64}", metrics["dataset"]["sha256"])
     assert {1200, 300} <= set(metrics["dataset"].values())
