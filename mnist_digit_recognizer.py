@@ -1241,16 +1241,21 @@ def remove_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
     return np.where(scipy.ndimage.binary_dilation(ruled, iterations=2)[line], without, ink)
 
 
+def find_parts(inked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The n connected components of a mask, 1..n where they lie, and the top left and bottom right corners, (n, 2)."""
+    labels, count = scipy.ndimage.label(inked, np.ones((3, 3)))
+    boxes = [(r.start, c.start, r.stop, c.stop) for r, c in scipy.ndimage.find_objects(labels)]
+    return labels, *np.hsplit(np.reshape(boxes, (count, 4)), 2)
+
+
 def select_parts(ink: np.ndarray, blank: float) -> np.ndarray:
     """Choose the connected components of the ink above `blank` that belong to the drawing: a bool mask."""
-    labels, count = scipy.ndimage.label(ink > blank, np.ones((3, 3)))
-    boxes = [(r.start, c.start, r.stop, c.stop) for r, c in scipy.ndimage.find_objects(labels)]
-    starts, stops = np.hsplit(np.reshape(boxes, (count, 4)), 2)
+    labels, starts, stops = find_parts(ink > blank)
     extent = (stops - starts).max(1)
     if extent.max(initial=0) < max(4, 0.05 * max(ink.shape)):  # nothing, or dust or noise on a blank sheet
         return np.zeros(ink.shape, bool)
     mass = np.bincount(labels.ravel(), ink.ravel())[1:]
-    edge = along_border(labels, count)
+    edge = along_border(labels, len(extent))
     if (~edge & (extent > max(4, 0.1 * min(ink.shape))) & (mass > 0.005 * mass.max())).any():
         mass[edge] = 0  # a table's edge or a shadow, beside something else
     large = mass > 0.15 * mass.max()
@@ -1506,11 +1511,12 @@ def crop_to_sheet(grey: np.ndarray) -> tuple[np.ndarray, int, int]:
 
 def select_marks(ink: np.ndarray, blank: float) -> np.ndarray:
     """Choose the connected components of the ink above `blank` that are no dust and no table's edge: a bool mask."""
-    labels, count = scipy.ndimage.label(ink > blank, np.ones((3, 3)))
-    extent = np.array([max(r.stop - r.start, c.stop - c.start) for r, c in scipy.ndimage.find_objects(labels)])
+    labels, starts, stops = find_parts(ink > blank)
+    extent = (stops - starts).max(1)
     if extent.max(initial=0) < max(6, 0.015 * max(ink.shape)):  # dust or noise on a blank sheet
         return np.zeros(ink.shape, bool)
-    return np.append(False, (extent > 0.02 * min(ink.shape)) & (extent > 3) & ~along_border(labels, count))[labels]
+    large = (extent > 0.02 * min(ink.shape)) & (extent > 3)
+    return np.append(False, large & ~along_border(labels, len(large)))[labels]
 
 
 def find_tilt(ink: np.ndarray) -> float:
