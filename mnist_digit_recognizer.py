@@ -1143,13 +1143,17 @@ ACCEPTED_SHARE = 0.995  # of the validation digits are above the rejection thres
 USUAL_THRESHOLD = 4.5  # for a model without the metrics of its own run, where the rejection threshold is stored
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Read a picture (its first frame) as float32 (height, width) grey in [0, 1], upright, on white. Raises Failure."""
+def read_picture(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read a picture (its first frame) as float32 (height, width) grey in [0, 1], upright, on white. Raises Failure.
+
+    Also returns the width and height that it has in the file, upright as well.
+    """
     with blame(path, f"{', '.join(PICTURE_FORMATS)} files of up to {MAX_PIXELS // 10**6} megapixels can be read"):
         check_regular_file(path)
         with Image.open(path, formats=PICTURE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"has {image.width} x {image.height} pixels")
+            size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
             image.draft("L", (MAX_SIDE, MAX_SIDE))  # JPEG only: decodes at 1/2, 1/4 or 1/8 of the size, in grey
             image.load()
             deep = image.mode.startswith(("I", "F"))  # 16 or 32 bits; converting these to "L" would clip, not scale
@@ -1159,13 +1163,13 @@ def read_picture(path: Path) -> np.ndarray:
         grey.thumbnail((MAX_SIDE, MAX_SIDE), reducing_gap=2.0)
         levels = np.asarray(ImageOps.exif_transpose(grey), np.float32)
     if grey.mode == "LA":  # on white
-        return 1 - (1 - levels[..., 0] / 255) * levels[..., 1] / 255
+        return 1 - (1 - levels[..., 0] / 255) * levels[..., 1] / 255, size
     if not deep:
-        return levels / 255
+        return levels / 255, size
     levels = np.nan_to_num(levels, posinf=0, neginf=0).clip(0)
     brightest = levels.max()  # a TIFF does not tell which value is white
     white = 65535 if image.mode.startswith("I;16") or brightest > 255 else 255 if brightest > 1 else 1
-    return levels / np.float32(max(white, brightest))
+    return levels / np.float32(max(white, brightest)), size
 
 
 def scale(levels: np.ndarray, long_side: float) -> np.ndarray:
@@ -1377,7 +1381,7 @@ def recognise_files(
 
 def look_at_digit(path: Path) -> Seen:
     """The digit that a picture shows; a thumbnail of the picture, and the digit."""
-    grey = read_picture(path)
+    grey, _ = read_picture(path)
     digit = frame_digit(segment_ink(grey))
     thumbnail = scale(grey, min(200, max(grey.shape)))
     return digit[np.newaxis], [np.round(255 * thumbnail).astype(np.uint8), digit]
@@ -1698,9 +1702,7 @@ def is_word(number: Sequence[Digit]) -> bool:
 
 def look_at_numbers(path: Path) -> Seen:
     """All candidates for digits in a picture; the picture, uint8 grey, its full size, and its lines."""
-    grey = read_picture(path)
-    with blame(path, "try again"), Image.open(path, formats=PICTURE_FORMATS) as image:
-        size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # upright, as `grey` is
+    grey, size = read_picture(path)
     lines = find_lines(grey)
     images = [candidate.image for line in lines for _, candidates in line.ways for candidate in candidates]
     return np.reshape(images, (-1, 28, 28)).astype(np.uint8), (np.round(255 * grey).astype(np.uint8), size, lines)

@@ -1279,7 +1279,7 @@ def saved(folder: Path, levels: np.ndarray | Image.Image, ending: str = "jpg", *
     """Save uint8 levels, or a Pillow image, and read it back as the program would: float32 (height, width)."""
     path = folder / f"picture.{ending}"
     (levels if isinstance(levels, Image.Image) else Image.fromarray(levels)).save(path, **options)
-    return program.read_picture(path)
+    return program.read_picture(path)[0]
 
 
 def picture_to_digit(grey: np.ndarray) -> np.ndarray:
@@ -1469,10 +1469,10 @@ def test_a_picture_that_vanishes(mlp: Run, arrays: Arrays, tmp_path: Path, monke
     """Each picture is opened once, so one that is gone right after costs no other its row."""
     folder, read = save_pictures(tmp_path / "pictures", arrays["x_test"][:3]), program.read_picture
 
-    def read_once(path: Path) -> np.ndarray:
-        levels = read(path)
+    def read_once(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
+        picture = read(path)
         path.unlink()
-        return levels
+        return picture
 
     monkeypatch.setattr(program, "read_picture", read_once)
     code, out, err = call("--model-file", mlp.model, "--output-dir", tmp_path / "out", "--predict", folder)
