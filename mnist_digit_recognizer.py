@@ -34,7 +34,6 @@ The parts that support it come second, because the core can be read without them
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import csv
 import faulthandler
@@ -1246,9 +1245,9 @@ def remove_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
 
 
 def find_parts(inked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The n connected components of a mask, 1..n where they lie, and the top left and bottom right corners, (n, 2)."""
+    """Connected components of a mask: 1 to n where each lies; left and top, and right and bottom, of each, (n, 2)."""
     labels, count = scipy.ndimage.label(inked, np.ones((3, 3)))
-    boxes = [(r.start, c.start, r.stop, c.stop) for r, c in scipy.ndimage.find_objects(labels)]
+    boxes = [(x.start, y.start, x.stop, y.stop) for y, x in scipy.ndimage.find_objects(labels)]
     return labels, *np.hsplit(np.reshape(boxes, (count, 4)), 2)
 
 
@@ -1426,45 +1425,33 @@ LINE_HEIGHT = 60  # px, to which the digits of a line are scaled before they are
 CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and to either side of which a cut looks for less ink
 CUT_SLANTS = 0.0, 0.3, 0.6  # px to the right for one px up; a line is cut with each of them, and the best reading taken
 MAX_CUT_MARKS = 60  # in a picture; more of them are handwriting, where cuts find no number but take minutes
-UNREADABLE = 8.0  # nats of doubt, beyond which a mark is rather no digit
 MAX_READ_PICTURES = 12  # in numbers.png
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Piece(NamedTuple):
-    """A mark in a line, or a slice of one: float32 ink (height, width), and the place of its top left corner."""
+    """A mark in a line, or a slice of one: float32 ink (height, width)."""
 
     ink: np.ndarray
-    top: int
-    left: int
-    cut: bool  # off the piece before it
-
-
-class Candidate(NamedTuple):
-    """The union of pieces[first:stop], which may be a digit: uint8 (28, 28), and its box in the line."""
-
-    first: int
-    stop: int
-    image: np.ndarray
     box: Box
-    cut: bool  # from a neighbour
-
-
-class Line(NamedTuple):
-    """A line cut in several ways: its pieces, from left to right. `place` takes its boxes to boxes in the picture."""
-
-    ways: list[tuple[list[Piece], list[Candidate]]]
-    place: Callable[[Box], Box]
+    cut: bool = False  # off the piece before it
 
 
 class Digit(NamedTuple):
-    """A digit, or a question mark, as it was read."""
+    """What may be a digit, the union of pieces[first:stop] of a line, and as what it was read."""
 
-    text: str
-    confidence: float
-    score: float  # above the rejection threshold
+    first: int
+    stop: int
+    image: np.ndarray  # uint8 (28, 28)
     box: Box
-    cut: bool
+    cut: bool  # from a neighbour
+    text: str = ""  # a digit or a question mark
+    confidence: float = 0.0
+    score: float = 0.0  # above the rejection threshold
+
+
+# A line cut in several ways, each as `join_pieces` returns it; what takes boxes in the line to boxes in the picture.
+Line = tuple[list[tuple[list[float], list[Digit]]], Callable[[Box], Box]]
 
 
 def find_lines(grey: np.ndarray) -> list[Line]:
@@ -1475,22 +1462,20 @@ def find_lines(grey: np.ndarray) -> list[Line]:
     level = np.asarray(Image.fromarray(ink).rotate(angle, Image.Resampling.BILINEAR, expand=True))
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     lines, marks_of_lines = [], sort_marks(level)
-    joined = [sum(mark.shape[1] > 1.2 * height for mark, _ in marks) for marks, height in marks_of_lines]
+    joined = [sum(mark.ink.shape[1] > 1.2 * height for mark in marks) for marks, height in marks_of_lines]
     for (marks, height), several in zip(marks_of_lines, joined, strict=True):
         zoom = LINE_HEIGHT / height
         slants = CUT_SLANTS if several else CUT_SLANTS[1:2]  # else a mark is hardly more than one digit
-        scaled = [(*scale_mark(mark, zoom), *(round(at * zoom) - 3 for at in corner)) for mark, corner in marks]
-        ways = []
-        for slant in slants if sum(joined) <= MAX_CUT_MARKS else (None,):
-            pieces = [piece for mark in scaled for piece in cut_mark(*mark, slant)]
-            ways.append((pieces, join_pieces(pieces)))
+        slants = slants if sum(joined) <= MAX_CUT_MARKS else [None]
+        scaled = [scale_mark(mark, zoom) for mark in marks]
+        ways = [join_pieces([piece for mark in scaled for piece in cut_mark(*mark, slant)]) for slant in slants]
 
         def place(box: Box, zoom: float = zoom) -> Box:
             x, y = np.array([box[0::2] * 2, np.repeat(box[1::2], 2)]) / zoom - np.reshape(level.shape[::-1], (2, 1)) / 2
             x, y = cos * x - sin * y + ink.shape[1] / 2 + left, sin * x + cos * y + ink.shape[0] / 2 + top
             return x.min(), y.min(), x.max(), y.max()
 
-        lines.append(Line(ways, place))
+        lines.append((ways, place))
     return lines
 
 
@@ -1536,64 +1521,73 @@ def find_tilt(ink: np.ndarray) -> float:
     return angles[np.argmax(sharpness)] if max(sharpness) > 1.05 * sharpness[12] else 0.0
 
 
-def sort_marks(ink: np.ndarray) -> list[tuple[list[tuple[np.ndarray, tuple[int, int]]], float]]:
-    """Sort connected marks into lines: of each its marks, with their top left corners, and the height of its digits."""
-    labels, count = scipy.ndimage.label(ink > 0.4, np.ones((3, 3)))
-    slices = scipy.ndimage.find_objects(labels)
-    boxes = np.reshape([(r.start, c.start, r.stop, c.stop) for r, c in slices], (count, 4))
-    top, left, bottom, right = boxes.T
-    height, width = bottom - top, right - left
-    mass = np.bincount(labels.ravel(), ink.ravel(), count + 1)[1:]
-    inside = ((boxes[:, None, :2] < boxes[:, :2]) & (boxes[:, None, 2:] > boxes[:, 2:])).all(axis=2)
-    box = (mass < 0.25 * height * width) & (inside @ mass > 0.2 * mass)  # of a form, around other marks
+def sort_marks(ink: np.ndarray) -> list[tuple[list[Piece], float]]:
+    """Sort connected marks into lines: of each its marks, from left to right, and the height of its digits."""
+    labels, starts, stops = find_parts(ink > 0.4)
+    width, height = (stops - starts).T
+    mass = np.bincount(labels.ravel(), ink.ravel(), len(height) + 1)[1:]
+    inside = ((starts[:, None] < starts) & (stops[:, None] > stops)).all(axis=2)
+    frame = (mass < 0.25 * height * width) & (inside @ mass > 0.2 * mass)  # of a form, around other marks
     rule = (width > 8 * height) & (width > 0.3 * ink.shape[1])
-    order = np.flatnonzero(~box & ~rule)
+    order = np.flatnonzero(~frame & ~rule)
     order = order[np.argsort(height[order])]
     if not len(order):
         return []
     middle = np.searchsorted(np.cumsum(mass[order]), mass[order].sum() / 2)
     usual = height[order][middle]  # half of the ink is in higher marks
     order = order[(height[order] < 1.5 * usual) | (width[order] > 0.2 * height[order])]  # not the sides of a box
+    high = height[order] > 0.45 * usual
+    small = order[~high & (np.maximum(height, width)[order] > 0.12 * usual)]
+    (left, top), (right, bottom) = starts.T, stops.T
+    found = []
+    for line in split_lines(order[high], top, bottom):
+        marks, digit_height = [], max(0.6 * usual, np.median(height[line]))
+        highest, lowest = np.median(top[line]) - 0.25 * usual, np.median(bottom[line]) + 0.1 * usual
+        centre = (top + bottom)[small] / 2
+        line = np.append(line, small[(highest < centre) & (centre < lowest)])
+        for mark in line[np.argsort((left + right)[line])]:
+            a, b, c, d = box = (*starts[mark], *stops[mark])
+            marks.append(Piece(np.where(labels[b:d, a:c] == mark + 1, ink[b:d, a:c], 0), box))
+        found.append((marks, digit_height))
+    return found
+
+
+def split_lines(marks: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> list[list[int]]:
+    """Sort marks, indices of where they begin and end, int (n,), into lines, from top to bottom."""
     lines: list[list[int]] = []
-    for mark in sorted(order[height[order] > 0.45 * usual], key=lambda mark: top[mark] + bottom[mark]):
-        spans = [(np.median(top[line]), np.median(bottom[line]), line) for line in lines]
-        shared = [(min(b, bottom[mark]) - max(a, top[mark])) / min(b - a, height[mark]) for a, b, _ in spans]
+    for mark in sorted(marks, key=lambda mark: top[mark] + bottom[mark]):
+        spans = [(np.median(top[line]), np.median(bottom[line])) for line in lines]
+        shared = [(min(b, bottom[mark]) - max(a, top[mark])) / min(b - a, bottom[mark] - top[mark]) for a, b in spans]
         if max(shared, default=0) > 0.5:
             lines[int(np.argmax(shared))].append(mark)
         else:
             lines.append([mark])
-    found = []
-    for line in sorted(lines, key=lambda line: np.median(top[line])):
-        a, b, usual_here = np.median(top[line]), np.median(bottom[line]), max(0.6 * usual, np.median(height[line]))
-        centre = (top + bottom)[order] / 2
-        small = (0.12 * usual < np.maximum(height, width)[order]) & (height[order] <= 0.45 * usual)
-        line = [*line, *order[small & (a - 0.25 * usual < centre) & (centre < b + 0.1 * usual)]]
-        marks = [(np.where(labels[slices[i]] == i + 1, ink[slices[i]], 0), (top[i], left[i])) for i in line]
-        found.append(([marks[i] for i in np.argsort((left + right)[line])], float(usual_here)))
-    return found
+    return sorted(lines, key=lambda line: np.median(top[line]))
 
 
-def scale_mark(ink: np.ndarray, zoom: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scale a mark to the height of its line, with a margin of 3 px; the same with its strokes thickened."""
-    size = max(2, round(ink.shape[1] * zoom)), max(2, round(ink.shape[0] * zoom))
-    ink = scipy.ndimage.grey_dilation(ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
-    ink = np.asarray(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+def scale_mark(mark: Piece, zoom: float) -> tuple[Piece, np.ndarray]:
+    """A mark as high as its line, with a margin of 3 px and thickened strokes; its ink before they were thickened."""
+    size = max(2, round(mark.ink.shape[1] * zoom)), max(2, round(mark.ink.shape[0] * zoom))
+    ink = scipy.ndimage.grey_dilation(mark.ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
+    ink = np.pad(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.BILINEAR), 3)
     margin = max(0.0, MIN_STROKE * LINE_HEIGHT / BOX_SIDE - stroke_width(ink)) / 2
-    ink = np.pad(ink, 3)
     outside = scipy.ndimage.distance_transform_edt(ink < 0.5)
-    return ink, np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
+    thick = np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
+    left, top = (round(side * zoom) - 3 for side in mark.box[:2])
+    return Piece(thick, (left, top, left + thick.shape[1], top + thick.shape[0])), ink
 
 
-def cut_mark(ink: np.ndarray, thick: np.ndarray, top: int, left: int, slant: float | None) -> list[Piece]:
-    """Cut a scaled mark, its corner at `top` and `left`, from top to bottom, often, if it is wide and has a slant."""
-    wide = ink.shape[1] - 6 > 0.9 * LINE_HEIGHT and ink.shape[0] - 6 > 0.4 * LINE_HEIGHT
-    paths = find_cuts(ink, slant) if wide and slant is not None else np.empty((0, len(ink)), int)
-    slice_of = (np.arange(ink.shape[1]) >= paths[:, :, np.newaxis]).sum(axis=0)  # how many cuts are to the left
-    pieces = []
+def cut_mark(mark: Piece, thin: np.ndarray, slant: float | None) -> list[Piece]:
+    """Cut a scaled mark from top to bottom, often, if it is wide and has a slant; `thin` is its ink to cut through."""
+    wide = thin.shape[1] - 6 > 0.9 * LINE_HEIGHT and thin.shape[0] - 6 > 0.4 * LINE_HEIGHT
+    paths = find_cuts(thin, slant) if wide and slant is not None else np.empty((0, len(thin)), int)
+    slice_of = (np.arange(thin.shape[1]) >= paths[:, :, np.newaxis]).sum(axis=0)  # how many cuts are to the left
+    pieces, (left, top, _, _) = [], mark.box
     for index in range(len(paths) + 1):
-        part = np.where(slice_of == index, thick, 0)
-        for rows, columns in scipy.ndimage.find_objects(np.uint8(part > 0.15)):
-            pieces.append(Piece(part[rows, columns], top + rows.start, left + columns.start, bool(pieces)))
+        part = np.where(slice_of == index, mark.ink, 0)
+        for y, x in scipy.ndimage.find_objects(np.uint8(part > 0.15)):
+            box = left + x.start, top + y.start, left + x.stop, top + y.stop
+            pieces.append(Piece(part[y, x], box, bool(pieces)))
     return pieces
 
 
@@ -1620,59 +1614,47 @@ def find_cuts(ink: np.ndarray, slant: float) -> np.ndarray:
     return columns[np.arange(height), cuts[:, np.newaxis], np.transpose(path[::-1])]
 
 
-def join_pieces(pieces: Sequence[Piece]) -> list[Candidate]:
-    """All unions of neighbouring pieces that have about the size of a digit."""
-    candidates = []
-    for first in range(len(pieces)):
+def join_pieces(pieces: Sequence[Piece]) -> tuple[list[float], list[Digit]]:
+    """The nats that it costs to leave out each piece of a line, and all unions of about the size of a digit."""
+    costs, candidates = [], []
+    cut_off = [*(piece.cut for piece in pieces), False]
+    for first, piece in enumerate(pieces):
         for stop in range(first + 1, len(pieces) + 1):
             parts = pieces[first:stop]
-            left, top = min(part.left for part in parts), min(part.top for part in parts)
-            right = max(part.left + part.ink.shape[1] for part in parts)
-            bottom = max(part.top + part.ink.shape[0] for part in parts)
-            if right - left > 1.5 * LINE_HEIGHT and len(parts) > 1:
+            lefts, tops, rights, bottoms = zip(*(part.box for part in parts), strict=True)
+            left, top, right, bottom = box = min(lefts), min(tops), max(rights), max(bottoms)
+            cut = cut_off[first] or cut_off[stop]
+            if len(parts) == 1:
+                dot = bottom - top < 0.45 * LINE_HEIGHT and not cut
+                costs.append((0 if dot else 8) + 5 * piece.ink.size / LINE_HEIGHT**2)
+            elif right - left > 1.5 * LINE_HEIGHT:
                 break  # no longer union is narrower
-            cut = pieces[first].cut or (stop < len(pieces) and pieces[stop].cut)
             if bottom - top < 0.4 * LINE_HEIGHT or (cut and right - left > 1.15 * LINE_HEIGHT):
                 continue
             union = np.zeros((bottom - top, right - left), np.float32)
-            for part in parts:
-                place = union[part.top - top :, part.left - left :][: part.ink.shape[0], : part.ink.shape[1]]
-                np.maximum(place, part.ink, out=place)
+            for ink, (a, b, c, d), _ in parts:
+                place = union[b - top : d - top, a - left : c - left]
+                np.maximum(place, ink, out=place)
             image = frame_digit(union, lambda drawn: scale(drawn, BOX_SIDE))
-            candidates.append(Candidate(first, stop, image, (left, top, right, bottom), cut))
-    return candidates
+            candidates.append(Digit(first, stop, image, box, cut))
+    return costs, candidates
 
 
-def read_line(line: Line, probabilities: Iterator[np.ndarray], threshold: float) -> list[Digit]:
-    """The best reading of a line, however it is cut; the probabilities of its candidates, (10,) each, are next."""
-    readings = []
-    for pieces, candidates in line.ways:
-        of_candidates = np.reshape(list(itertools.islice(probabilities, len(candidates))), (-1, 10))
-        readings.append(read_pieces(pieces, candidates, of_candidates, threshold))
-    return min(readings, key=lambda reading: reading[0])[1]
-
-
-def read_pieces(
-    pieces: Sequence[Piece], candidates: Sequence[Candidate], probabilities: np.ndarray, threshold: float
-) -> tuple[float, list[Digit]]:
-    """The shortest path through the pieces of a line: the sum of its doubts, and its digits."""
-    ending = collections.defaultdict(list)
-    scores = digit_scores(probabilities) - threshold
-    for candidate, p, score in zip(candidates, probabilities, scores, strict=True):
-        text = str(p.argmax()) if score > -1.5 else "?"
-        digit = Digit(text, float(p.max()), float(score), candidate.box, candidate.cut)
-        ending[candidate.stop].append((candidate.first, doubt(digit, p.argmax() == 1), digit))
-    best: list[tuple[float, list[Digit]]] = [(0.0, [])]  # up to each piece
-    for stop, piece in enumerate(pieces, start=1):
-        so_far, digits = best[-1]
-        slice_of_mark = piece.cut or (stop < len(pieces) and pieces[stop].cut)
-        dot = piece.ink.shape[0] < 0.45 * LINE_HEIGHT and not slice_of_mark
-        paths = [(so_far + (0 if dot else 8) + 5 * piece.ink.size / LINE_HEIGHT**2, digits)]  # it is left out
-        for first, nats, digit in ending[stop]:
-            so_far, digits = best[first]
-            paths.append((so_far + nats, [*digits, digit]))
-        best.append(min(paths, key=lambda path: path[0]))
-    return best[-1]
+def read_line(ways: list, readings: Iterator[tuple[np.ndarray, float]]) -> list[Digit]:
+    """The digits along the shortest path through a line, however it is cut; probabilities and scores come next."""
+    paths = []  # the sum of the doubts in nats, and the digits
+    for costs, candidates in ways:
+        steps = [[(cost, index, [])] for index, cost in enumerate(costs)]  # past each piece: it is left out, or
+        for candidate, (p, score) in zip(candidates, itertools.islice(readings, len(candidates)), strict=True):
+            text = str(p.argmax()) if score > -1.5 else "?"
+            digit = candidate._replace(text=text, confidence=float(p.max()), score=float(score))
+            steps[digit.stop - 1].append((doubt(digit, p.argmax() == 1), digit.first, [digit]))
+        best: list[tuple[float, list[Digit]]] = [(0.0, [])]  # up to each piece
+        for options in steps:
+            longer = [(best[first][0] + nats, best[first][1] + digits) for nats, first, digits in options]
+            best.append(min(longer, key=lambda path: path[0]))
+        paths.append(best[-1])
+    return min(paths, key=lambda path: path[0])[1]
 
 
 def doubt(digit: Digit, one: bool) -> float:
@@ -1680,7 +1662,7 @@ def doubt(digit: Digit, one: bool) -> float:
     width, height = digit.box[2] - digit.box[0], digit.box[3] - digit.box[1]
     nats = 0.7 * max(0, 6 - digit.score) - 0.5 * math.log(digit.confidence) + 6 * max(0, 0.75 - height / LINE_HEIGHT)
     nats += digit.cut * (0.8 + 2 * one)  # many a stroke of something else looks like a one
-    return float(min(nats, UNREADABLE * max(1, width / (0.6 * LINE_HEIGHT))))
+    return float(min(nats, 8 * max(1, width / (0.6 * LINE_HEIGHT))))  # beyond that it is rather no digit
 
 
 def split_numbers(digits: Sequence[Digit]) -> list[list[Digit]]:
@@ -1704,7 +1686,7 @@ def look_at_numbers(path: Path) -> Seen:
     """All candidates for digits in a picture; the picture, uint8 grey, its full size, and its lines."""
     grey, size = read_picture(path)
     lines = find_lines(grey)
-    images = [candidate.image for line in lines for _, candidates in line.ways for candidate in candidates]
+    images = [candidate.image for ways, _ in lines for _, candidates in ways for candidate in candidates]
     return np.reshape(images, (-1, 28, 28)).astype(np.uint8), (np.round(255 * grey).astype(np.uint8), size, lines)
 
 
@@ -1714,18 +1696,19 @@ def tell_numbers(threshold: float, path: Path, seen: tuple | None, probabilities
         return [[printable(path), *[""] * 8]], None
     grey, size, lines = seen
     enlarged = np.divide(size, grey.shape[::-1])
-    rows, marks, index, remaining = [], [], 0, iter(probabilities)
-    for line in lines:
-        numbers = split_numbers(read_line(line, remaining, threshold))
+    rows, marks, index = [], [], 0
+    readings = zip(probabilities, digit_scores(probabilities) - threshold, strict=True)
+    for ways, place in lines:
+        numbers = split_numbers(read_line(ways, readings))
         index += bool(numbers)  # lines without a number do not count
         for number in numbers:
-            boxes = np.array([line.place(digit.box) for digit in number])
+            boxes = np.array([place(digit.box) for digit in number])
             corners = np.array([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
             text, sure = "".join(digit.text for digit in number), [digit.confidence for digit in number]
-            left, top, right, bottom = np.round(corners * enlarged).astype(int).ravel()
-            place = str(left), str(top), str(right - left), str(bottom - top)
+            first, last = np.round(corners * enlarged).astype(int)
             digits = " ".join(f"{each:.4f}" for each in sure)
-            rows.append([printable(path), str(index), text, f"{math.prod(sure):.4f}", *place, digits])
+            where = map(str, [*first, *(last - first)])
+            rows.append([printable(path), str(index), text, f"{math.prod(sure):.4f}", *where, digits])
             marks.append((text, corners, boxes[[digit.score < 0 for digit in number]]))
     return rows or [[printable(path), *[""] * 8]], (short_name(path), grey, marks)
 

@@ -1657,7 +1657,7 @@ def test_a_page_of_handwriting_is_not_cut_in_all_places(monkeypatch: Patch) -> N
     candidates = []
     for most in (program.MAX_CUT_MARKS, 3):
         monkeypatch.setattr(program, "MAX_CUT_MARKS", most)
-        candidates.append(sum(len(found) for line in program.find_lines(1 - page) for _, found in line.ways))
+        candidates.append(sum(len(found) for ways, _ in program.find_lines(1 - page) for _, found in ways))
     assert candidates[1] < 0.1 * candidates[0]
 
 
