@@ -1143,10 +1143,7 @@ USUAL_THRESHOLD = 4.5  # for a model without the metrics of its own run, where t
 
 
 def read_picture(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
-    """Read a picture (its first frame) as float32 (height, width) grey in [0, 1], upright, on white. Raises Failure.
-
-    Also returns the width and height that it has in the file, upright as well.
-    """
+    """A picture's first frame, float32 (height, width) grey in [0, 1], upright, on white; its full size. Or Failure."""
     with blame(path, f"{', '.join(PICTURE_FORMATS)} files of up to {MAX_PIXELS // 10**6} megapixels can be read"):
         check_regular_file(path)
         with Image.open(path, formats=PICTURE_FORMATS) as image:
@@ -1251,14 +1248,17 @@ def find_parts(inked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return labels, *np.hsplit(np.reshape(boxes, (count, 4)), 2)
 
 
-def select_parts(ink: np.ndarray, blank: float) -> np.ndarray:
-    """Choose the connected components of the ink above `blank` that belong to the drawing: a bool mask."""
+def select_parts(ink: np.ndarray, blank: float, several: bool) -> np.ndarray:
+    """Choose the connected components of the ink above `blank` that belong to one drawing, or to any: a bool mask."""
     labels, starts, stops = find_parts(ink > blank)
     extent = (stops - starts).max(1)
-    if extent.max(initial=0) < max(4, 0.05 * max(ink.shape)):  # nothing, or dust or noise on a blank sheet
+    smallest = max(6, 0.015 * max(ink.shape)) if several else max(4, 0.05 * max(ink.shape))
+    if extent.max(initial=0) < smallest:  # nothing, or dust or noise on a blank sheet
         return np.zeros(ink.shape, bool)
-    mass = np.bincount(labels.ravel(), ink.ravel())[1:]
     edge = along_border(labels, len(extent))
+    if several:
+        return np.append(False, (extent > 0.02 * min(ink.shape)) & (extent > 3) & ~edge)[labels]
+    mass = np.bincount(labels.ravel(), ink.ravel())[1:]
     if (~edge & (extent > max(4, 0.1 * min(ink.shape))) & (mass > 0.005 * mass.max())).any():
         mass[edge] = 0  # a table's edge or a shadow, beside something else
     large = mass > 0.15 * mass.max()
@@ -1270,8 +1270,8 @@ def select_parts(ink: np.ndarray, blank: float) -> np.ndarray:
     return np.append(False, kept)[labels]
 
 
-def segment_ink(grey: np.ndarray, select: Callable[[np.ndarray, float], np.ndarray] = select_parts) -> np.ndarray:
-    """Find what is drawn in a grey picture: float32 (height, width) in [0, 1], 0 where there is only paper."""
+def segment_ink(grey: np.ndarray, several: bool = False) -> np.ndarray:
+    """Find the drawing, or several, in a grey picture: float32 (height, width) in [0, 1], 0 where only paper is."""
     small = scale(grey, min(COARSE_SIDE, max(grey.shape)))
     if small.shape == grey.shape and is_only_light(small):  # in a large one, light changes too slowly to look like ink
         return np.zeros_like(grey)
@@ -1281,7 +1281,7 @@ def segment_ink(grey: np.ndarray, select: Callable[[np.ndarray, float], np.ndarr
     low, middle = np.quantile(ink, [0.2, 0.4])  # both are paper, unless the picture is mostly ink
     blank = max(MIN_CONTRAST / 2, middle + 9 * (middle - low))  # above what noise reaches
     ink = remove_ruled_lines(remove_ruled_lines(ink, blank).T, blank).T
-    kept = select(ink, blank)
+    kept = select_parts(ink, blank, several)
     full = np.quantile(ink[kept], 0.75) if kept.any() else 0
     if full < MIN_CONTRAST * np.sqrt(max(1, COARSE_SIDE / max(ink.shape))):  # light is less even in a tiny picture
         return np.zeros_like(ink)
@@ -1457,7 +1457,7 @@ Line = tuple[list[tuple[list[float], list[Digit]]], Callable[[Box], Box]]
 def find_lines(grey: np.ndarray) -> list[Line]:
     """Find what may be lines of digits in a picture, float32 (height, width), from top to bottom."""
     sheet, left, top = crop_to_sheet(grey)
-    ink = segment_ink(sheet, select_marks)
+    ink = segment_ink(sheet, several=True)
     angle = find_tilt(ink)
     level = np.asarray(Image.fromarray(ink).rotate(angle, Image.Resampling.BILINEAR, expand=True))
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
@@ -1496,16 +1496,6 @@ def crop_to_sheet(grey: np.ndarray) -> tuple[np.ndarray, int, int]:
     rows, columns = scipy.ndimage.find_objects(inner.astype(int))[0]
     nearest = scipy.ndimage.distance_transform_edt(~inner[rows, columns], return_distances=False, return_indices=True)
     return grey[rows, columns][tuple(nearest)], columns.start, rows.start
-
-
-def select_marks(ink: np.ndarray, blank: float) -> np.ndarray:
-    """Choose the connected components of the ink above `blank` that are no dust and no table's edge: a bool mask."""
-    labels, starts, stops = find_parts(ink > blank)
-    extent = (stops - starts).max(1)
-    if extent.max(initial=0) < max(6, 0.015 * max(ink.shape)):  # dust or noise on a blank sheet
-        return np.zeros(ink.shape, bool)
-    large = (extent > 0.02 * min(ink.shape)) & (extent > 3)
-    return np.append(False, large & ~along_border(labels, len(large)))[labels]
 
 
 def find_tilt(ink: np.ndarray) -> float:
