@@ -37,7 +37,6 @@ import argparse
 import contextlib
 import csv
 import faulthandler
-import functools
 import gzip
 import hashlib
 import importlib
@@ -823,9 +822,10 @@ def plot_calibration(path: Path, evaluation: Evaluation, title: str) -> None:
 # What a sheet shows of one image: a title, a verdict, whether it is good (else it is red), pictures, uint8 (height,
 # width), ten probabilities as bars, and the digit whose bar is blue.
 Card = tuple[str, str, bool, Sequence[np.ndarray], np.ndarray, int]
+OWN_CARDS = "The picture, the 28 x 28 digit that the network saw, and how probable it finds each digit."
 
 
-def plot_cards(path: Path, cards: Sequence[Card], title: str, subtitle: str) -> None:
+def plot_cards(path: Path, cards: Sequence[Card], title: str = "Your own pictures", subtitle: str = OWN_CARDS) -> None:
     """A sheet of cards, four a row. All share one pair of axes, which takes a tenth of the time of one a picture."""
     across, down = min(max(len(cards), 3), 4), max(math.ceil(len(cards) / 4), 1)
     width, height = 1.08 * (len(cards[0][3]) if cards else 1) + 1.4, 1.62  # of a card, in inches
@@ -1342,38 +1342,27 @@ def list_pictures(paths: Sequence[Path], flag: str) -> list[Path]:
     return pictures
 
 
-# What is seen in a picture: images for the network, uint8 (n, 28, 28), and what else is needed to tell what they are.
-Seen = tuple[np.ndarray, Any]
-# What is told of it: CSV rows, and what a plot shows of it (None if the file cannot be read).
-Told = tuple[list[list[str]], Any]
+Seen = tuple[np.ndarray, Any]  # in a picture: images for the network, uint8 (n, 28, 28), and what else is needed
+DIGIT_COLUMNS = "path digit confidence score verdict p0 p1 p2 p3 p4 p5 p6 p7 p8 p9".split()
 
 
-def recognise_files(
-    model: keras.Model, paths: Sequence[Path], look: Callable[[Path], Seen], tell: Callable[..., Told], columns: str
-) -> Iterator[Told]:
-    """For each path `tell(path, seen, probabilities)`, once its rows' `columns` (a digit each) are printed."""
+def look_at_files(model: keras.Model, paths: Sequence[Path], look: Callable[[Path], Seen]) -> Iterator[tuple]:
+    """For each path: the path, what else is seen, or a Failure, and the probabilities of the images, (n, 10)."""
 
-    def try_to_look(path: Path) -> Seen | Failure:
+    def try_to_look(path: Path) -> Seen:
         try:
             return look(path)
         except Failure as failure:
-            return failure
+            return np.zeros((0, 28, 28), np.uint8), failure
 
     with ThreadPoolExecutor(PICTURES_AT_ONCE) as pool:
         for start in range(0, len(paths), PICTURES_PER_BATCH):
             batch = paths[start : start + PICTURES_PER_BATCH]
-            found = list(pool.map(try_to_look, batch))
-            images = [np.zeros((0, 28, 28), np.uint8) if isinstance(item, Failure) else item[0] for item in found]
+            images, seen = zip(*pool.map(try_to_look, batch), strict=True)
             together = np.concatenate(images)
             probabilities = predict_probabilities(model, together) if len(together) else np.zeros((0, 10))
             parts = np.split(probabilities, np.cumsum([len(each) for each in images])[:-1])
-            for path, item, part in zip(batch, found, parts, strict=True):
-                if isinstance(item, Failure):
-                    warn(f"error: {item}")
-                told = tell(path, None if isinstance(item, Failure) else item[1], part)
-                for row in told[0]:
-                    say("\t".join(row[int(column)] for column in columns))
-                yield told
+            yield from zip(batch, seen, parts, strict=True)
             if sys.stderr.isatty() and not sys.stdout.isatty():
                 say(f"{start + len(batch):,} of {len(paths):,} pictures", sys.stderr)
 
@@ -1386,16 +1375,14 @@ def look_at_digit(path: Path) -> Seen:
     return digit[np.newaxis], [np.round(255 * thumbnail).astype(np.uint8), digit]
 
 
-def tell_digit(threshold: float, path: Path, pictures: list[np.ndarray] | None, probabilities: np.ndarray) -> Told:
-    """The row (path, digit, confidence, score, verdict, p0 ... p9) of a picture, and its card."""
-    if pictures is None:
-        return [[printable(path), "", "", "", "unreadable", *[""] * 10]], None
+def tell_digit(path: Path, seen: list[np.ndarray], probabilities: np.ndarray, threshold: float) -> tuple[list, Card]:
+    """The row of a picture (path, digit, confidence, score, verdict, p0 ... p9), and its card."""
     p = probabilities[0]
-    score = digit_scores(probabilities)[0] * pictures[1].any()  # without ink there is no digit
+    score = digit_scores(probabilities)[0] * seen[1].any()  # without ink there is no digit
     best, verdict = int(p.argmax()), "digit" if score >= threshold else "not-a-digit"
     row = [printable(path), str(best), f"{p[best]:.4f}", f"{score:.4f}", verdict, *(f"{each:.6f}" for each in p)]
     text = f"{best}, {float(row[2]):.1%}" if verdict == "digit" else "not a digit"
-    return [row], (short_name(path), text, verdict == "digit", pictures, p, best)
+    return [row], (short_name(path), text, verdict == "digit", seen, p, best)
 
 
 def shows_several(thumbnail: np.ndarray, digit: np.ndarray) -> bool:
@@ -1426,6 +1413,7 @@ CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and to either side
 CUT_SLANTS = 0.0, 0.3, 0.6  # px to the right for one px up; a line is cut with each of them, and the best reading taken
 MAX_CUT_MARKS = 60  # in a picture; more of them are handwriting, where cuts find no number but take minutes
 MAX_READ_PICTURES = 12  # in numbers.png
+NUMBER_COLUMNS = "path line number confidence left top width height digits".split()
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -1680,10 +1668,8 @@ def look_at_numbers(path: Path) -> Seen:
     return np.reshape(images, (-1, 28, 28)).astype(np.uint8), (np.round(255 * grey).astype(np.uint8), size, lines)
 
 
-def tell_numbers(threshold: float, path: Path, seen: tuple | None, probabilities: np.ndarray) -> Told:
-    """A row (path, line, number, confidence, left, top, width, height, digits) a number; the picture and its marks."""
-    if seen is None:
-        return [[printable(path), *[""] * 8]], None
+def tell_numbers(path: Path, seen: tuple, probabilities: np.ndarray, threshold: float) -> tuple[list, tuple]:
+    """A row a number (path, line, number, confidence, left, top, width, height, digits); the picture and its marks."""
     grey, size, lines = seen
     enlarged = np.divide(size, grey.shape[::-1])
     rows, marks, index = [], [], 0
@@ -1700,7 +1686,7 @@ def tell_numbers(threshold: float, path: Path, seen: tuple | None, probabilities
             where = map(str, [*first, *(last - first)])
             rows.append([printable(path), str(index), text, f"{math.prod(sure):.4f}", *where, digits])
             marks.append((text, corners, boxes[[digit.score < 0 for digit in number]]))
-    return rows or [[printable(path), *[""] * 8]], (short_name(path), grey, marks)
+    return rows, (short_name(path), grey, marks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1987,6 +1973,12 @@ def read_json(path: Path) -> dict[str, Any]:
 # Main: the jobs. Training, --combine and --evaluate go the same way and differ in one step: where the model comes from.
 TITLES = {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}  # of data sets; others go by their name
 Made = tuple[Any, Split | None, dict[str, Any]]  # by a job: a keras.Model, what to calibrate it on, what to say of it
+# How --predict and --read look at pictures and tell what they show, which files they write, the columns of the table,
+# those of them that are printed, and how pictures are plotted, and how many.
+RECOGNISERS = {
+    "predict": (look_at_digit, tell_digit, EXTERNAL, DIGIT_COLUMNS, "0124", plot_cards, MAX_CARDS),
+    "read": (look_at_numbers, tell_numbers, NUMBERS, NUMBER_COLUMNS, "0123", plot_numbers, MAX_READ_PICTURES),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -2101,37 +2093,32 @@ def evaluate(config: Config, digits: Digits, results: Path, seconds: dict[str, f
 
 def recognise(config: Config) -> int:
     """Recognise pictures, or read the numbers in them; print and write what was found. Returns the exit code."""
-    reading = config.job == "read"
+    look, tell, (table, sheet), columns, printed, plot, most = RECOGNISERS[config.job]
+    nothing = ["unreadable" if column == "verdict" else "" for column in columns[1:]]
     paths = list_pictures(config.read or config.predict, f"--{config.job}")
-    with stage_results(config.output_dir, NUMBERS if reading else EXTERNAL) as results:
+    with stage_results(config.output_dir, (table, sheet)) as results:
         model = load_model(config.model_file)
         threshold = metrics_of_model(config.model_file).get("rejection_threshold")
         if threshold is None:
             threshold = USUAL_THRESHOLD
             warn(f"WARNING: {config.model_file}: no metrics.json of its run beside it; threshold {threshold} is taken")
-        look, tell = (look_at_numbers, tell_numbers) if reading else (look_at_digit, tell_digit)
-        columns = "0123" if reading else "0124"
-        rows, shown, unreadable, several = [], [], 0, 0
-        for more, picture in recognise_files(model, paths, look, functools.partial(tell, threshold), columns):
-            rows += more
-            if picture is None:
-                unreadable += 1
+        rows, shown, unreadable, several = [columns], [], False, 0
+        for path, seen, probabilities in look_at_files(model, paths, look):
+            if isinstance(seen, Failure):
+                warn(f"error: {seen}")
+                found, unreadable = [], True
             else:
-                several += not reading and shows_several(*picture[3])
-                shown = [*shown, picture][: MAX_READ_PICTURES if reading else MAX_CARDS]
+                found, picture = tell(path, seen, probabilities, threshold)
+                several += look is look_at_digit and shows_several(*seen)
+                shown = [*shown, picture][:most]
+            for row in found or [[printable(path), *nothing]]:
+                say("\t".join(row[int(column)] for column in printed))
+                rows.append(row)
         if several:
             warn(f"{several} of the pictures seem to show several digits: --read reads them all")
-        if reading:
-            header = "path line number confidence left top width height digits".split()
-            write_csv(results / "numbers.csv", [header, *rows])
-        else:
-            header = ["path", "digit", "confidence", "score", "verdict", *(f"p{digit}" for digit in range(10))]
-            write_csv(results / "external_predictions.csv", [header, *rows])
-        if config.plots and reading:
-            plot_numbers(results / "numbers.png", shown)
-        elif config.plots:
-            subtitle = "The picture, the 28 x 28 digit that the network saw, and how probable it finds each digit."
-            plot_cards(results / "external_predictions.png", shown, "Your own pictures", subtitle)
+        write_csv(results / table, rows)
+        if config.plots:
+            plot(results / sheet, shown)
     return EXIT_FAILED if unreadable else EXIT_DONE
 
 
