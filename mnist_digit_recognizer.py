@@ -1502,7 +1502,7 @@ def find_tilt(ink: np.ndarray) -> float:
 def sort_marks(ink: np.ndarray) -> list[tuple[list[Piece], float]]:
     """Sort connected marks into lines: of each its marks, from left to right, and the height of its digits."""
     labels, starts, stops = find_parts(ink > 0.4)
-    width, height = (stops - starts).T
+    (left, top), (right, bottom), (width, height) = starts.T, stops.T, (stops - starts).T
     mass = np.bincount(labels.ravel(), ink.ravel(), len(height) + 1)[1:]
     inside = ((starts[:, None] < starts) & (stops[:, None] > stops)).all(axis=2)
     frame = (mass < 0.25 * height * width) & (inside @ mass > 0.2 * mass)  # of a form, around other marks
@@ -1516,7 +1516,6 @@ def sort_marks(ink: np.ndarray) -> list[tuple[list[Piece], float]]:
     order = order[(height[order] < 1.5 * usual) | (width[order] > 0.2 * height[order])]  # not the sides of a box
     high = height[order] > 0.45 * usual
     small = order[~high & (np.maximum(height, width)[order] > 0.12 * usual)]
-    (left, top), (right, bottom) = starts.T, stops.T
     found = []
     for line in split_lines(order[high], top, bottom):
         marks, digit_height = [], max(0.6 * usual, np.median(height[line]))
