@@ -23,7 +23,7 @@ The core comes first: what the default run does, in the order in which data flow
 
 The parts that support it come second, because the core can be read without them.
     Drawn digits    strokes -> images of digits, where there is no data set, and of non-digits to train on
-    Data files      .npz and IDX files and the download of MNIST -> checked arrays
+    Data files      .npz, CSV and IDX files and the download of MNIST -> checked arrays
     Pictures        your own image files -> 28 x 28 digits as MNIST would have made them -> what the network says
     Numbers         a picture of several digits -> lines of candidates for digits -> the numbers in it
     Results         the output folder: signals, lock, publishing, checkpoints, saved models, tables
@@ -129,7 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument(flag, help=text if default is None else f"{text} (default: {default})", **options)
 
     group = parser.add_argument_group("data")
-    sources = "mnist; synthetic; an .npz file with x_train, y_train, x_test, y_test; a folder with the four IDX files"
+    sources = "mnist; synthetic; an .npz file with x_train, y_train, x_test, y_test; a .csv file of labels and pixels; "
+    sources += "a folder with train.csv or the four IDX files"
     add("--data", f"auto: mnist, or synthetic where that is unavailable; {sources}", default="auto", metavar="SOURCE")
     add("--train-limit", "use only the first N training images (default: all)", type=number(int, 2), metavar="N")
     add("--validation-split", "held out for validation", type=number(float, 1e-5, 0.99999), default=0.1, metavar="F")
@@ -170,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = group.add_mutually_exclusive_group()
     add("--combine", "join the models of earlier runs in these folders", type=Path, nargs="+", metavar="DIR")
     add("--evaluate", "measure --model-file on the test images of --data", action="store_true")
-    add("--predict", "recognise image files, or all in a folder", type=Path, nargs="+", metavar="PATH")
+    add("--predict", "recognise image files, all in a folder, or a .csv file", type=Path, nargs="+", metavar="PATH")
     add("--read", "read all the numbers in image files, or in all of a folder", type=Path, nargs="+", metavar="PATH")
     return parser
 
@@ -188,6 +189,10 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
         parser.error("--resume goes with a training run only")
     if config.min_accuracy is not None and config.job in ("predict", "read"):
         parser.error(f"--min-accuracy does not go with --{config.job}, where the true digits are unknown")
+    if any(path.name.lower().endswith(CSV_ENDINGS) for path in config.predict or ()):
+        config.job = "submit"
+        if len(config.predict) > 1:
+            parser.error("--predict takes pictures and folders, or one .csv file")
     config.augment = config.augment or {"cnn": "fast", "mlp": "none"}[config.model]
     config.model_file = config.model_file or config.output_dir / "model.keras"
     unused = {"fast": [], "keras": ["elastic"], "none": RANGES}[config.augment]
@@ -230,9 +235,13 @@ def load_digits(source: str) -> Digits:
         x_train, x_test = np.split(images, [DRAWN_TRAINING])
         y_train, y_test = np.split(labels, [DRAWN_TRAINING])
         return name_digits([x_train, y_train, x_test, y_test], "synthetic", "drawn from strokes")
-    stem = Path(os.path.abspath(source)).stem
+    stem = Path(os.path.abspath(source).removesuffix(".gz")).stem
+    name = f"own-{stem}" if stem in ("mnist", "synthetic") else stem
+    if tables := find_csv(Path(source)):
+        arrays, origin = read_csv_digits(*tables)
+        return name_digits(arrays, name, origin)
     arrays = read_idx_folder(Path(source)) if os.path.isdir(source) else read_npz(Path(source))
-    return name_digits(arrays, f"own-{stem}" if stem in ("mnist", "synthetic") else stem, source)
+    return name_digits(arrays, name, source)
 
 
 def load_mnist() -> Digits:
@@ -1036,10 +1045,12 @@ def cut_between(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data files: the download, .npz and IDX files -> the arrays of a data set. What they hold is checked, not trusted.
+# Data files: the download, .npz, CSV and IDX files -> the arrays of a data set. What they hold is checked, not trusted.
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 IDX_NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")  # in the same order
 MAX_BYTES = 1_000_000 * 28 * 28 + 4096  # an array that is larger is taken for damaged
+MAX_CSV_LINE, MAX_ROWS = 10_000, 1_000_000  # characters of a row; rows
+CSV_ENDINGS = (".csv", ".csv.gz")
 DOWNLOAD_PATIENCE_SECONDS = 10  # without a byte; a firewall that swallows packets must not cost minutes
 
 
@@ -1089,7 +1100,8 @@ def read_idx_folder(folder: Path) -> list[np.ndarray]:
         found = [folder / f"{spelling}{zipped}" for spelling in spellings for zipped in ("", ".gz")]
         found = [path for path in found if os.path.isfile(path)]
         if not found:
-            raise Failure(f"{folder}: has no {spellings[0]} (or .gz); --data takes the four IDX files of MNIST")
+            advice = "--data takes a folder with train.csv, or with the four IDX files of MNIST"
+            raise Failure(f"{folder}: has no {spellings[0]} (or .gz); {advice}")
         paths.append(found[0])
     return check_digits([read_idx(path) for path in paths], [str(path) for path in paths])
 
@@ -1107,6 +1119,58 @@ def read_idx(path: Path) -> np.ndarray:
         if math.prod(shape) != found:
             raise ValueError(f"its header declares {math.prod(shape):,} bytes, but it holds {found:,}")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def find_csv(source: Path) -> list[Path]:
+    """The CSV files that `--data` names: a file, or the train.csv of a folder and its test.csv; else none."""
+    if not os.path.isdir(source):
+        return [source] if source.name.lower().endswith(CSV_ENDINGS) else []
+    for start, ending in itertools.product(("", "mnist_"), CSV_ENDINGS):
+        train, test = (source / f"{start}{part}{ending}" for part in ("train", "test"))
+        if train.exists():
+            return [train, test] if test.exists() else [train]
+    return []
+
+
+def read_csv_digits(train: Path, test: Path | None = None) -> tuple[list[np.ndarray], str]:
+    """The four arrays and their origin; without labels in `test`, the last rows of `train` are the test set."""
+    rows, test_rows = read_csv(train), read_csv(test) if test else None
+    if rows.shape[1] != 785:
+        raise Failure(f"{train}: its rows have no labels, which --data needs: a label and 784 pixels")
+    origin = f"{train}, {test}"
+    if test_rows is None or test_rows.shape[1] != 785:  # Kaggle's test.csv has no labels
+        rows, test_rows = np.split(rows, [len(rows) - len(rows) // 7])
+        test, origin = train, f"{train}, its last seventh as test images"
+    arrays = [part for each in (rows, test_rows) for part in (each[:, 1:].reshape(-1, 28, 28), each[:, 0])]
+    return check_digits(arrays, [f"{path}: {part}" for path in (train, test) for part in ("pixels", "labels")]), origin
+
+
+def read_csv(path: Path) -> np.ndarray:
+    """A CSV file, with a header or not, gzipped or not: uint8 (n, 784), or with labels first (n, 785). Else Failure."""
+    row = 0
+
+    def rows_of(stream: TextIO) -> Iterator[str]:
+        nonlocal row
+        for line in iter(lambda: stream.readline(MAX_CSV_LINE), ""):
+            if row > 0 or line[0].isdigit():  # else it is a header
+                row += 1
+                if row > MAX_ROWS:
+                    raise ValueError(f"there are more than {MAX_ROWS:,} rows")
+                yield line
+
+    with blame(path, "each row is a label and 784 pixels, or 784 pixels, whole numbers from 0 to 255"):
+        check_regular_file(path)
+        if path.stat().st_size > 4 * MAX_BYTES:
+            raise ValueError(f"has more than {4 * MAX_BYTES:,} bytes")
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace") as stream:
+            try:
+                rows = np.loadtxt(rows_of(stream), np.uint8, delimiter=",", comments=None, ndmin=2)
+            except ValueError as error:  # NumPy counts rows now from 0, now from 1
+                raise ValueError(f"row {row}: {re.sub(' at row [0-9]+|;.*', '', str(error))}") from error
+        if not len(rows) or rows.shape[1] not in (784, 785):
+            raise ValueError(f"row 1 has {rows.shape[1]} numbers" if len(rows) else "has no rows")
+    return rows
 
 
 def check_digits(arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
@@ -1696,7 +1760,8 @@ REPLACED = "replaced"  # in READY: the names of earlier files that have no succe
 MEASURED = "metrics.json predictions.csv predictions.png misclassified.png confusion_matrix.png calibration.png".split()
 EXTERNAL, NUMBERS = "external_predictions.csv external_predictions.png".split(), "numbers.csv numbers.png".split()
 TRAINED = "model.keras history.csv samples.png pixels.png augmentation.png training_curves.png".split()
-RESULTS = TRAINED + MEASURED + EXTERNAL + NUMBERS
+SUBMISSION = ["submission.csv"]
+RESULTS = TRAINED + MEASURED + EXTERNAL + NUMBERS + SUBMISSION
 RUN_COLUMNS = "finished_at seed data test_accuracy test_loss seconds exit_code".split()
 MAX_MODEL_BYTES = 1 << 30
 FOREIGN_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "FlaxLayer", "JaxLayer", "__lambda__", "function")
@@ -1986,7 +2051,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stop_on_signals(), warnings.catch_warnings(), hold_folder(config.output_dir):
             warnings.simplefilter("ignore")  # what libraries warn of either fails as well, or concerns no user
-            return recognise(config) if config.job in ("predict", "read") else run_job(config)
+            jobs = {"predict": recognise, "read": recognise, "submit": submit}
+            return jobs.get(config.job, run_job)(config)
     except Failure as failure:
         warn(f"error: {failure}")
     except Stopped as stopped:
@@ -2119,6 +2185,18 @@ def recognise(config: Config) -> int:
         if config.plots:
             plot(results / sheet, shown)
     return EXIT_FAILED if unreadable else EXIT_DONE
+
+
+def submit(config: Config) -> int:
+    """Recognise the rows of a CSV file, and write what Kaggle takes. Returns the exit code."""
+    with stage_results(config.output_dir, SUBMISSION) as results:
+        rows = read_csv(config.predict[0])
+        if rows.shape[1] != 784:
+            raise Failure(f"--predict {config.predict[0]}: its rows have labels; give 784 pixels a row")
+        digits = predict_probabilities(load_model(config.model_file), rows.reshape(-1, 28, 28)).argmax(axis=1)
+        write_csv(results / SUBMISSION[0], [["ImageId", "Label"], *enumerate(digits, start=1)])
+    say(f"{len(digits):,} digits recognised, in {config.output_dir / SUBMISSION[0]}")
+    return EXIT_DONE
 
 
 def calibrate_and_save(model: keras.Model, split: Split, results: Path) -> dict[str, Any]:

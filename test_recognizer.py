@@ -543,6 +543,97 @@ def test_idx_of_something_else(fault: str, zipped: bool, arrays: Arrays, tmp_pat
     assert path.name in refused("--data", tmp_path, "--output-dir", tmp_path / "out")
 
 
+def write_csv(path: Path, pixels: np.ndarray, labels: np.ndarray | None = None, header: bool = True) -> Path:
+    """A file as Kaggle has them: (label and) 784 pixels a row, with names above."""
+    rows = pixels.reshape(-1, 784) if labels is None else np.column_stack([labels, pixels.reshape(-1, 784)])
+    above = ["label"] * (labels is not None) + [f"pixel{index}" for index in range(784)]
+    lines = [",".join(map(str, row)) + "\n" for row in [above] * header + rows.tolist()]
+    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as stream:
+        stream.writelines(lines)
+    return path
+
+
+def equal_digits(digits: program.Digits, *expected: np.ndarray) -> bool:
+    return equal_arrays(list(digits[:4]), list(expected))
+
+
+@pytest.mark.parametrize(("ending", "header"), [("csv", True), ("csv", False), ("csv.gz", True)])
+def test_csv_of_labels_and_pixels(ending: str, header: bool, arrays: Arrays, tmp_path: Path) -> None:
+    """The last seventh of the rows is the test set, and metrics.json says so."""
+    x, y = arrays["x_train"], arrays["y_train"]
+    digits = program.load_digits(str(write_csv(tmp_path / f"train.{ending}", x, y, header)))
+    assert equal_digits(digits, x[:-171], y[:-171], x[-171:], y[-171:])
+    assert digits.name == "train"
+    assert "last seventh" in digits.origin
+
+
+@pytest.mark.parametrize("start", ["", "mnist_"])
+def test_folder_of_csv_files(start: str, arrays: Arrays, tmp_path: Path) -> None:
+    x, y = arrays["x_train"], arrays["y_train"]
+    write_csv(tmp_path / f"{start}train.csv", x, y)
+    write_csv(tmp_path / f"{start}test.csv", arrays["x_test"])  # as Kaggle has it, without labels
+    assert equal_digits(program.load_digits(str(tmp_path)), x[:-171], y[:-171], x[-171:], y[-171:])
+    write_csv(tmp_path / f"{start}test.csv", arrays["x_test"], arrays["y_test"])
+    assert equal_digits(program.load_digits(str(tmp_path)), *arrays.values())
+
+
+def test_from_csv_files_to_a_submission(arrays: Arrays, tmp_path: Path) -> None:
+    data, test = write_csv(tmp_path / "train.csv", arrays["x_train"], arrays["y_train"]), arrays["x_test"]
+    out = tmp_path / "out"
+    code, log, err = call("--data", data, *"--model mlp --epochs 1 --no-plots --output-dir".split(), out)
+    assert (code, err) == (0, "")
+    assert f"{data}, its last seventh" in log
+    assert f"{data}, its last seventh" in read_metrics(out)["dataset"]["origin"]
+    code, log, err = call("--predict", write_csv(tmp_path / "test.csv", test), "--output-dir", out, "--quiet")
+    assert (code, err) == (0, "")
+    assert "300" in only_line(log)
+    assert str(out / "submission.csv") in log
+    said = probabilities(out / "model.keras", test).argmax(axis=1)
+    expected = [{"ImageId": str(row), "Label": str(digit)} for row, digit in enumerate(said, start=1)]
+    assert read_rows(out / "submission.csv") == expected
+    before = published(out)
+    assert "labels" in refused("--predict", data, "--output-dir", out)
+    assert "labels" in refused("--data", tmp_path / "test.csv", "--output-dir", out)
+    assert published(out) == before
+
+
+WRONG_ROWS: dict[str, Callable[[str], str]] = {
+    "short": lambda row: row[: row.rindex(",")],
+    "long": lambda row: row + ",0",
+    "text": lambda row: row.replace("0", "zero", 1),
+    "256": lambda row: row.replace("0", "256", 1),
+    "nan": lambda row: row.replace("0", "nan", 1),
+    "negative": lambda row: row.replace("0", "-1", 1),
+    "fraction": lambda row: row.replace("0", "0.5", 1),
+    "empty field": lambda row: row.replace("0", "", 1),
+    "other separator": lambda row: row.replace(",", ";"),
+    "binary": lambda row: "\0\xff" * 20_000,
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_ROWS)
+def test_csv_with_a_wrong_row(fault: str, arrays: Arrays, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "train.csv", arrays["x_train"][:30], arrays["y_train"][:30])
+    lines = path.read_text().splitlines()
+    lines[7] = WRONG_ROWS[fault](lines[7])  # below the header and six rows
+    path.write_text("\n".join(lines))
+    message = refused("--data", path, "--output-dir", tmp_path / "out")
+    assert str(path) in message
+    assert re.search(r"\brow 7\b", message)
+
+
+@pytest.mark.parametrize("kind", ["empty", "header", "narrow", "huge", "many rows", "one label"])
+def test_csv_of_something_else(kind: str, arrays: Arrays, tmp_path: Path, monkeypatch: Patch) -> None:
+    path = write_csv(tmp_path / "train.csv", arrays["x_train"][:100], arrays["y_train"][:100] * (kind != "one label"))
+    if kind == "huge":
+        os.truncate(path, 10 << 30)
+    elif kind == "many rows":
+        monkeypatch.setattr(program, "MAX_ROWS", 99)
+    elif kind != "one label":
+        path.write_text({"empty": "", "header": path.read_text().split("\n")[0], "narrow": "1,2\n3,4\n"}[kind])
+    assert str(path) in refused("--data", path, "--output-dir", tmp_path / "out")
+
+
 MISSING = """--data {}/nowhere.npz|--data {}/nowhere/digits|--data {}/empty|--data {}/pipe|--data {}/loop
     --data {}/zero.npz|--output-dir {}/file|--output-dir {}/file/below|--predict {}/empty
     --evaluate --model-file {}/no.keras|--predict {}/file --model-file {}/no.keras"""
@@ -693,7 +784,8 @@ WRONG_FLAGS = """
     --elastic -1|--elastic nan|--augment fastest|--augment|--model resnet|--model CNN|--members 0|--members x
     --strategy tpu|--min-accuracy 1.1|--min-accuracy -0.1|--min-accuracy nan|--flip yes|--epoch 3|--no-such-flag
     --data|--output-dir|--predict|--combine|--model-file model.keras|--evaluate --predict x.png
-    --predict x.png --min-accuracy 0.5|--resume --evaluate|--combine a|--combine a outputs"""
+    --predict x.png --min-accuracy 0.5|--predict x.csv y.csv|--predict x.png y.csv
+    --resume --evaluate|--combine a|--combine a outputs"""
 
 
 @pytest.mark.parametrize("line", [*re.split(r"\s*[|\n]\s*", WRONG_FLAGS.strip()), f"--seed 1{'0' * 400}"])
