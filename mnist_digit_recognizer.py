@@ -27,6 +27,7 @@ The parts that support it come second, because the core can be read without them
     Pictures        your own image files -> 28 x 28 digits as MNIST would have made them -> what the network says
     Numbers         a picture of several digits -> lines of candidates for digits -> the numbers in it
     Results         the output folder: signals, lock, publishing, checkpoints, saved models, tables
+    Reports         a measured model -> a model for phones
     Main            the jobs; it joins all parts, so it comes after them
     Appendix        the stroke tables, which need not be read
 """
@@ -40,6 +41,7 @@ import faulthandler
 import gzip
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -163,6 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("results")
     add("--output-dir", "where results go", type=Path, default=Path("outputs"), metavar="DIR")
     add("--no-plots", "write no PNG files", dest="plots", action="store_false")
+    add("--tflite", "also write model.tflite, of 8-bit integers, for a phone", action="store_true")
     add("--min-accuracy", "exit 3 below this test accuracy (default: none)", type=number(float, 0, 1), metavar="F")
     add("--quiet", "print only the last line of the summary, predictions, warnings and errors", action="store_true")
 
@@ -187,8 +190,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
         parser.error("--combine needs two or more folders, and an --output-dir that is none of them")
     if config.resume and config.job != "train":
         parser.error("--resume goes with a training run only")
-    if config.min_accuracy is not None and config.job in ("predict", "read"):
-        parser.error(f"--min-accuracy does not go with --{config.job}, where the true digits are unknown")
+    if config.job in ("predict", "read") and (config.tflite or config.min_accuracy is not None):
+        parser.error(f"--min-accuracy and --tflite do not go with --{config.job}, where the true digits are unknown")
     if any(path.name.lower().endswith(CSV_ENDINGS) for path in config.predict or ()):
         config.job = "submit"
         if len(config.predict) > 1:
@@ -1759,7 +1762,7 @@ STAGING, READY, CHECKPOINTS = ".staging", ".ready", ".checkpoint"  # hidden fold
 REPLACED = "replaced"  # in READY: the names of earlier files that have no successor there
 MEASURED = "metrics.json predictions.csv predictions.png misclassified.png confusion_matrix.png calibration.png".split()
 EXTERNAL, NUMBERS = "external_predictions.csv external_predictions.png".split(), "numbers.csv numbers.png".split()
-TRAINED = "model.keras history.csv samples.png pixels.png augmentation.png training_curves.png".split()
+TRAINED = "model.keras model.tflite history.csv samples.png pixels.png augmentation.png training_curves.png".split()
 SUBMISSION = ["submission.csv"]
 RESULTS = TRAINED + MEASURED + EXTERNAL + NUMBERS + SUBMISSION
 RUN_COLUMNS = "finished_at seed data test_accuracy test_loss seconds exit_code".split()
@@ -2034,6 +2037,69 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Reports: a measured model -> what its layers look at; a model for phones; a page for the next morning
+# Reports: a measured model -> a model for phones
+RANK = 80  # of the widest layer in model.tflite, which is a sixth smaller for it and no less accurate
+
+
+def is_own(model: keras.Model) -> bool:
+    """Whether a model was made by this program: its last layers have the names and classes that `build_model` gives."""
+    return isinstance(model.layers[-1], keras.layers.Softmax) and '"logits"' in model.to_json()
+
+
+def networks_of(model: keras.Model) -> list[keras.Model]:
+    """The networks that a model of this program consists of: of an ensemble, one a member."""
+    inner = [layer for layer in model.layers if isinstance(layer, keras.Model)]
+    return [network for layer in inner for network in networks_of(layer)] or [model]
+
+
+def convert_to_tflite(model: keras.Model, images: np.ndarray) -> bytes:
+    """A model, one look, with 8-bit integers inside: float32 (1, 28, 28, 1) -> (1, 10). Calibrated on uint8 images."""
+    if is_own(model):
+        inputs = keras.Input((28, 28, 1))
+        logits = [narrow(network, images)(inputs) for network in networks_of(model)]
+        model = keras.Model(inputs, keras.layers.Softmax()(keras.layers.Average()(logits)))
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = examples = lambda: ([image[np.newaxis]] for image in normalise(images))
+    # Softmax stays in float: in 8 bits, its smallest probability but 0 would be 1/256.
+    tools = tf.lite.experimental
+    options = tools.QuantizationDebugOptions(denylisted_ops=["SOFTMAX"])
+    with contextlib.redirect_stdout(io.StringIO()):  # it lists all tensors
+        quantiser = tools.QuantizationDebugger(converter=converter, debug_dataset=examples, debug_options=options)
+    return bytes(quantiser.get_nondebug_quantized_model())
+
+
+def narrow(network: keras.Model, images: np.ndarray) -> keras.Model:
+    """A network up to its logits, its widest layer replaced by two that keep what varies most over images (PCA)."""
+    x = inputs = keras.Input((28, 28, 1))
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.Dense) and layer.units > RANK:
+            outputs = keras.Model(network.inputs, layer.output).predict(normalise(images), verbose=0)
+            mean, vectors = outputs.mean(axis=0), np.linalg.eigh(np.cov(outputs.T))[1][:, -RANK:]
+            down, up = keras.layers.Dense(RANK, use_bias=False), keras.layers.Dense(layer.units)
+            x = up(down(x))
+            down.set_weights([layer.get_weights()[0] @ vectors])
+            up.set_weights([vectors.T, mean - mean @ vectors @ vectors.T])
+        elif not isinstance(layer, (keras.layers.InputLayer, keras.layers.Softmax)):
+            x = layer(x)
+    return keras.Model(inputs, x)
+
+
+def measure_tflite(content: bytes, digits: Digits) -> dict[str, float]:
+    """How good a TensorFlow Lite model is on the test images, and its size."""
+    interpreter = tf.lite.Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    (entry,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    probabilities = np.empty((len(digits.test_images), 10))
+    for index, image in enumerate(normalise(digits.test_images)):
+        interpreter.set_tensor(entry["index"], image[np.newaxis])
+        interpreter.invoke()
+        probabilities[index] = interpreter.get_tensor(result["index"])[0]
+    evaluation = Evaluation(digits.test_labels, probabilities)
+    return {"accuracy": evaluation.correct.mean(), "loss": cross_entropy(evaluation), "bytes": len(content)}
+
+
 # Main: the jobs. Training, --combine and --evaluate go the same way and differ in one step: where the model comes from.
 TITLES = {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}  # of data sets; others go by their name
 Made = tuple[Any, Split | None, dict[str, Any]]  # by a job: a keras.Model, what to calibrate it on, what to say of it
@@ -2087,6 +2153,11 @@ def run_job(config: Config) -> int:
             evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
         with timed(seconds, "plots"):
             write_evaluation(results, digits, evaluation, config)
+        if config.tflite:
+            with timed(seconds, "tflite"), blame("--tflite", "without it, --resume completes a training run"):
+                content = convert_to_tflite(model, digits.train_images[:1000])
+                (results / "model.tflite").write_bytes(content)
+                about["tflite"] = measure_tflite(content, digits)
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(results.iterdir())}
         about["files"] = about.get("files", {}) | checksums
         moments = {"started_at": started, "finished_at": time.time()}
@@ -2134,7 +2205,7 @@ def combine(config: Config, digits: Digits, results: Path, seconds: dict[str, fl
     members = []
     for folder in config.combine:
         members.append(load_model(folder / "model.keras"))
-        if not isinstance(members[-1].layers[-1], keras.layers.Softmax) or '"logits"' not in members[-1].to_json():
+        if not is_own(members[-1]):
             raise Failure(f"--combine {folder}: its model was not made by this program")
         trained_on = metrics_of_model(folder / "model.keras")
         if trained_on and trained_on["dataset"]["sha256"] != digits.sha256:

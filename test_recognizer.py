@@ -784,7 +784,7 @@ WRONG_FLAGS = """
     --elastic -1|--elastic nan|--augment fastest|--augment|--model resnet|--model CNN|--members 0|--members x
     --strategy tpu|--min-accuracy 1.1|--min-accuracy -0.1|--min-accuracy nan|--flip yes|--epoch 3|--no-such-flag
     --data|--output-dir|--predict|--combine|--model-file model.keras|--evaluate --predict x.png
-    --predict x.png --min-accuracy 0.5|--predict x.csv y.csv|--predict x.png y.csv
+    --predict x.png --min-accuracy 0.5|--predict x.csv y.csv|--predict x.png y.csv|--predict x.png --tflite
     --resume --evaluate|--combine a|--combine a outputs"""
 
 
@@ -1174,6 +1174,26 @@ def test_pictures_of_extremes(right: bool, arrays: Arrays, tmp_path: Path) -> No
     program.write_evaluation(tmp_path, digits, evaluation, program.parse_config([]))
     assert names(tmp_path) == EVALUATION_PICTURES | {"predictions.csv"}
     assert_pictures(tmp_path)
+
+
+def test_tflite(trained: Run, tiny: Path, arrays: Arrays, tmp_path: Path) -> None:
+    """The README's lines read one digit; all of them together are as right as the metrics say."""
+    out = tmp_path / "outputs"
+    flags = "--tflite", "--no-plots", "--evaluate", "--model-file", trained.model, "--data", tiny, "--output-dir", out
+    code, log, err = call(*flags)
+    assert (code, err) == (0, "")
+    assert (code, err) == (0, "")
+    figures, content = read_metrics(out)["tflite"], (out / "model.tflite").read_bytes()
+    assert figures["bytes"] == len(content) <= 300_000
+    assert "Captures" not in log  # of what the converter prints
+    assert figures["accuracy"] == pytest.approx(trained.metrics["test_accuracy"], abs=0.02)
+    assert figures["loss"] == pytest.approx(trained.metrics["test_loss"], abs=0.1)
+    Image.fromarray(arrays["x_test"][0]).save(tmp_path / "digit.png")
+    [lines] = re.findall(r"```python\n(.*?model\.tflite.*?)```", README, re.DOTALL)
+    assert len(lines.split("\n")) <= 12  # ten, a blank one and the end
+    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=False)
+    table = read_table(trained.folder / "predictions.csv")
+    assert done.stdout.strip() == str(int(table["prediction"][0])), done.stderr
 
 
 def test_log_of_a_run_in_a_bare_environment(trained: Run) -> None:
