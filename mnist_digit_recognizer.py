@@ -27,7 +27,7 @@ The parts that support it come second, because the core can be read without them
     Pictures        your own image files -> 28 x 28 digits as MNIST would have made them -> what the network says
     Numbers         a picture of several digits -> lines of candidates for digits -> the numbers in it
     Results         the output folder: signals, lock, publishing, checkpoints, saved models, tables
-    Reports         a measured model -> a model for phones
+    Reports         a measured model -> what its layers look at; a model for phones
     Main            the jobs; it joins all parts, so it comes after them
     Appendix        the stroke tables, which need not be read
 """
@@ -716,11 +716,11 @@ def new_figure(path: Path, width: float, height: float, title: str, subtitle: st
         figure.savefig(path)
 
 
-def show_image(axes: matplotlib.axes.Axes, image: np.ndarray, title: str = "") -> None:
+def show_image(axes: matplotlib.axes.Axes, image: np.ndarray, title: str = "", colours: Any = "gray") -> None:
     """Draw uint8 (height, width) in grey or (height, width, 3) in colour, or a sheet of (rows, columns, 28, 28)."""
     if image.ndim == 4:  # with a black line around each image
         image = np.hstack(np.hstack(np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)))))
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.imshow(image, cmap=colours, vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(title, fontsize=10, loc="center", pad=3)
     axes.set_axis_off()
 
@@ -1761,6 +1761,7 @@ def tell_numbers(path: Path, seen: tuple, probabilities: np.ndarray, threshold: 
 STAGING, READY, CHECKPOINTS = ".staging", ".ready", ".checkpoint"  # hidden folders in the output folder
 REPLACED = "replaced"  # in READY: the names of earlier files that have no successor there
 MEASURED = "metrics.json predictions.csv predictions.png misclassified.png confusion_matrix.png calibration.png".split()
+MEASURED += ["feature_maps.png"]
 EXTERNAL, NUMBERS = "external_predictions.csv external_predictions.png".split(), "numbers.csv numbers.png".split()
 TRAINED = "model.keras model.tflite history.csv samples.png pixels.png augmentation.png training_curves.png".split()
 SUBMISSION = ["submission.csv"]
@@ -2038,8 +2039,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reports: a measured model -> what its layers look at; a model for phones; a page for the next morning
-# Reports: a measured model -> a model for phones
+# Reports: a measured model -> what its layers look at; a model for phones
 RANK = 80  # of the widest layer in model.tflite, which is a sixth smaller for it and no less accurate
+BLOCKS = {  # of the cnn: what the answers of a block's filters show, and how many pixels there are from one to the next
+    "Block 1: where 24 of its filters found their pattern (orange), such as a stroke or an edge of one direction.": 2,
+    "Block 2: where 24 of its filters found patterns of block 1 together, such as a corner or the end of a stroke.": 4,
+    "Block 3: the same with patterns of block 2; each answer takes in 20 x 20 pixels, a large part of the digit.": 4,
+}
 
 
 def is_own(model: keras.Model) -> bool:
@@ -2051,6 +2057,65 @@ def networks_of(model: keras.Model) -> list[keras.Model]:
     """The networks that a model of this program consists of: of an ensemble, one a member."""
     inner = [layer for layer in model.layers if isinstance(layer, keras.Model)]
     return [network for layer in inner for network in networks_of(layer)] or [model]
+
+
+def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluation: Evaluation) -> None:
+    """Plot what the first network of a model looks at: of all test images a part, with the mistakes among them."""
+    network = networks_of(model)[0]
+    blocks = [layer.output for layer in network.layers if isinstance(layer, keras.layers.ReLU)][:-1]
+    inside = keras.Model(network.inputs, [*network.outputs, *blocks, network.get_layer("logits").input])
+    some = np.union1d(np.arange(0, len(evaluation.labels), 5), np.flatnonzero(~evaluation.correct)[:100])
+    image = digits.test_images[np.argmax(evaluation.labels == 2)]
+    _, *blocks, hidden = inside.predict(normalise(np.stack([image, *digits.test_images[some]])), verbose=0)
+    kernel = network.get_weights()[0]  # (5, 5, 1, n) of a convolution; (784, n) of the mlp
+    side = math.isqrt(kernel.size // kernel.shape[-1])
+    filters, part = kernel.reshape(side, side, -1).transpose(2, 0, 1), Evaluation(*(each[some] for each in evaluation))
+    plot_feature_maps(path, image, filters, [block[0] for block in blocks], hidden[1:], part)
+
+
+def plot_feature_maps(
+    path: Path, image: np.ndarray, filters: np.ndarray, blocks: Sequence[np.ndarray], hidden: np.ndarray, of: Evaluation
+) -> None:
+    """Filters of a layer, (n, side, side); what blocks answer to an image; the map of a hidden layer, (m, units)."""
+    side, rows = filters.shape[1], dict(zip(BLOCKS, blocks, strict=False))
+    first = f"{len(filters)} filters of {side} x {side} pixels: ink on white raises the answer, on black it lowers it."
+    last = "Test images, where the last hidden layer puts them (PCA, two dimensions). Red circles: mistakes."
+    heights, subtitle = [1.3, *(2.0 for _ in rows), 6.5], "From pixels to strokes, to parts of digits, to ten groups."
+    with new_figure(path, 12, 1.16 * sum(heights) + 1, "What the network has learnt to look at", subtitle) as figure:
+        mosaic = [["image", *[first] * 8], *([row] * 9 for row in (*rows, last))]
+        axes = figure.subplot_mosaic(mosaic, height_ratios=heights)
+        show_image(axes["image"], image)
+        tiles = np.kron(filters / np.abs(filters).max((1, 2), keepdims=True), np.ones((1, 28 // side, 28 // side)))
+        show_image(axes[first], 127.5 * (tiles + 1).reshape(2, -1, *tiles.shape[1:]))
+        for row, answers in rows.items():
+            show_image(axes[row], np.tile(image, (2, 12, 1, 1)))
+            draw_answers(axes[row], answers, BLOCKS[row])
+        draw_map(axes[last], hidden, of)
+        for row in (first, *rows, last):
+            axes[row].set_title(row, fontsize=11)
+
+
+def draw_answers(axes: matplotlib.axes.Axes, answers: np.ndarray, cell: int) -> None:
+    """Make a sheet of an image glow where the 24 strongest filters answer: (side, side, n), a cell of pixels each."""
+    strongest = answers[..., np.sort(np.argsort(answers.max((0, 1)))[-24:])]
+    shares = (strongest / np.maximum(strongest.max((0, 1)), 1e-9)).transpose(2, 0, 1)
+    margin = (28 - cell * len(answers)) // 2
+    shares = np.pad(np.kron(shares, np.ones((1, cell, cell))), [(0, 0), (margin, margin), (margin, margin)])
+    glow = matplotlib.colors.LinearSegmentedColormap.from_list("glow", [ORANGE + "00", ORANGE])
+    show_image(axes, 255 * shares.reshape(2, 12, 28, 28), colours=glow)
+
+
+def draw_map(axes: matplotlib.axes.Axes, hidden: np.ndarray, evaluation: Evaluation) -> None:
+    """A map of m images by the (m, units) answers of a layer, in the two directions in which they vary most (PCA)."""
+    centred = hidden - hidden.mean(axis=0)
+    places = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -2:]
+    for digit in np.unique(evaluation.labels):
+        own, colour = places[evaluation.labels == digit], matplotlib.colormaps["tab10"](digit)
+        axes.scatter(*own.T, s=9, color=colour, alpha=0.6, linewidths=0)
+        box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": colour, "linewidth": 2}
+        axes.text(*np.median(own, axis=0), str(digit), fontsize=17, fontweight="bold", bbox=box, **IN_CELL)
+    axes.scatter(*places[~evaluation.correct].T, s=60, facecolors="none", edgecolors=RED, linewidths=1.3)
+    axes.set_axis_off()
 
 
 def convert_to_tflite(model: keras.Model, images: np.ndarray) -> bytes:
@@ -2153,6 +2218,8 @@ def run_job(config: Config) -> int:
             evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
         with timed(seconds, "plots"):
             write_evaluation(results, digits, evaluation, config)
+            if config.plots and is_own(model):
+                write_feature_maps(results / "feature_maps.png", model, digits, evaluation)
         if config.tflite:
             with timed(seconds, "tflite"), blame("--tflite", "without it, --resume completes a training run"):
                 content = convert_to_tflite(model, digits.train_images[:1000])

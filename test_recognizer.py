@@ -54,7 +54,8 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits 
 needs_mnist = pytest.mark.skipif(not MNIST, reason="MNIST_DATA names no copy of MNIST")
 
 TABLES = {"model.keras", "metrics.json", "history.csv", "predictions.csv", "runs.csv"}
-EVALUATION_PICTURES = {"confusion_matrix.png", "predictions.png", "misclassified.png", "calibration.png"}
+EVALUATION_PICTURES = {f"{name}.png" for name in "confusion_matrix predictions misclassified calibration".split()}
+EVALUATION_PICTURES |= {"feature_maps.png"}
 PICTURES = EVALUATION_PICTURES | {"samples.png", "pixels.png", "augmentation.png", "training_curves.png"}
 EXTERNAL = {"external_predictions.csv", "external_predictions.png"}
 
@@ -1172,7 +1173,7 @@ def test_pictures_of_extremes(right: bool, arrays: Arrays, tmp_path: Path) -> No
     evaluation = program.Evaluation(labels, np.eye(10)[labels if right else (labels + 1) % 10])
     digits = program.Digits(images, labels, images, labels, "extreme", "", "")
     program.write_evaluation(tmp_path, digits, evaluation, program.parse_config([]))
-    assert names(tmp_path) == EVALUATION_PICTURES | {"predictions.csv"}
+    assert names(tmp_path) == EVALUATION_PICTURES - {"feature_maps.png"} | {"predictions.csv"}
     assert_pictures(tmp_path)
 
 
@@ -1865,7 +1866,7 @@ def background(*arguments: object, cwd: Path, until: Path) -> Iterator[subproces
 def publish(mlp: Run, monkeypatch: Patch) -> Publish:
     """Run the program where only the writing matters: in place of a job's results, small files of some content."""
 
-    def run(folder: Path, content: str = "new", pictures: int = 8) -> tuple[int, str, str]:
+    def run(folder: Path, content: str = "new", pictures: int = len(PICTURES)) -> tuple[int, str, str]:
         def job(config: program.Config) -> int:
             with program.stage_results(config.output_dir, program.RESULTS) as results:
                 for name in ["model.keras", "history.csv", "predictions.csv", *sorted(PICTURES)[:pictures]]:
