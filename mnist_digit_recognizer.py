@@ -27,7 +27,7 @@ The parts that support it come second, because the core can be read without them
     Pictures        your own image files -> 28 x 28 digits as MNIST would have made them -> what the network says
     Numbers         a picture of several digits -> lines of candidates for digits -> the numbers in it
     Results         the output folder: signals, lock, publishing, checkpoints, saved models, tables
-    Reports         a measured model -> what its layers look at; a model for phones
+    Reports         a measured model -> what its layers look at; a model for phones; a page for the next morning
     Main            the jobs; it joins all parts, so it comes after them
     Appendix        the stroke tables, which need not be read
 """
@@ -35,11 +35,13 @@ The parts that support it come second, because the core can be read without them
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import csv
 import faulthandler
 import gzip
 import hashlib
+import html
 import importlib
 import io
 import itertools
@@ -81,7 +83,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512,
 libraries = "keras scipy tensorflow matplotlib PIL.Image PIL.ImageOps".split()
 keras, scipy, tf, matplotlib, Image, ImageOps = map(LazyModule, libraries)
 
-VERSION = "1.3.0"
+VERSION = "1.4.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -221,6 +223,10 @@ class Digits(NamedTuple):
     name: str
     origin: str
     sha256: str  # of the four arrays, the same whatever file they came from
+
+    @property
+    def title(self) -> str:
+        return {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}.get(self.name, self.name)
 
 
 def load_digits(source: str) -> Digits:
@@ -1760,10 +1766,20 @@ def tell_numbers(path: Path, seen: tuple, probabilities: np.ndarray, threshold: 
 # models, tables. Runs without anybody watching depend on these.
 STAGING, READY, CHECKPOINTS = ".staging", ".ready", ".checkpoint"  # hidden folders in the output folder
 REPLACED = "replaced"  # in READY: the names of earlier files that have no successor there
-MEASURED = "metrics.json predictions.csv predictions.png misclassified.png confusion_matrix.png calibration.png".split()
-MEASURED += ["feature_maps.png"]
+CAPTIONS = {  # of the pictures, also in the README; the last four belong to the training
+    "confusion_matrix.png": "which digit is taken for which",
+    "misclassified.png": "the mistakes, the most confident first",
+    "calibration.png": 'whether "80% sure" is right in 80% of the cases',
+    "predictions.png": "test images, and how probable the network finds each digit",
+    "feature_maps.png": "what the layers of the network look at, and which test images they find alike",
+    "training_curves.png": "loss, accuracy and learning rate over the epochs",
+    "samples.png": "twelve training images of each digit",
+    "pixels.png": "an image as numbers; grey has one channel, colour three",
+    "augmentation.png": "the images that the network trains on in place of the original ones",
+}
+MEASURED = ["metrics.json", "predictions.csv", "report.html", *list(CAPTIONS)[:-4]]
 EXTERNAL, NUMBERS = "external_predictions.csv external_predictions.png".split(), "numbers.csv numbers.png".split()
-TRAINED = "model.keras model.tflite history.csv samples.png pixels.png augmentation.png training_curves.png".split()
+TRAINED = ["model.keras", "model.tflite", "history.csv", *list(CAPTIONS)[-4:]]
 SUBMISSION = ["submission.csv"]
 RESULTS = TRAINED + MEASURED + EXTERNAL + NUMBERS + SUBMISSION
 RUN_COLUMNS = "finished_at seed data test_accuracy test_loss seconds exit_code".split()
@@ -2010,11 +2026,25 @@ def metrics_of_model(model_file: Path) -> dict[str, Any]:
     return metrics if metrics.get("files", {}).get(model_file.name) == checksum else {}
 
 
-def append_run(folder: Path, metrics: dict[str, Any], exit_code: int) -> None:
+def row_of_run(metrics: dict[str, Any]) -> list[str]:
+    """The row of runs.csv that says how a run ended."""
+    names = metrics["finished_at"], str(metrics["config"]["seed"]), metrics["dataset"]["name"]
+    accuracy, loss, seconds = metrics["test_accuracy"], metrics["test_loss"], metrics["timings_seconds"]["total"]
+    return [*names, f"{accuracy:.4f}", f"{loss:.5f}", f"{seconds:.1f}", str(metrics["exit_code"])]
+
+
+def read_runs(folder: Path) -> list[tuple[str, ...]]:
+    """The rows of runs.csv but damaged ones, which must not cost a new run its results."""
+    text = ""
+    with contextlib.suppress(OSError, ValueError):
+        check_regular_file(folder / "runs.csv")
+        text = (folder / "runs.csv").read_text(encoding="utf-8", errors="replace")
+    return re.findall(r"^(\d{4}-\d\d-\d\dT.{14}),(\d+),(.*),([01]\.\d+),(.*),(.*),(\d+)$", text, re.MULTILINE)
+
+
+def append_run(folder: Path, metrics: dict[str, Any]) -> None:
     """Add one row to runs.csv, which is never rewritten. Raises Failure where that is impossible."""
-    path, seconds = folder / "runs.csv", metrics["timings_seconds"]["total"]
-    figures = f"{metrics['test_accuracy']:.4f}", f"{metrics['test_loss']:.5f}", f"{seconds:.1f}", exit_code
-    row = metrics["finished_at"], metrics["config"]["seed"], metrics["dataset"]["name"], *figures
+    path, row = folder / "runs.csv", row_of_run(metrics)
     with blame(path, "the results themselves are in place"):
         if path.is_symlink():
             raise ValueError("is a symbolic link")
@@ -2039,7 +2069,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reports: a measured model -> what its layers look at; a model for phones; a page for the next morning
-# Reports: a measured model -> what its layers look at; a model for phones
+MAX_LISTED_RUNS = 20  # in report.html
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; font: 16px/1.5 sans-serif }}
+body {{ max-width: 56rem; margin: auto; padding: 1rem }}
+.below {{ color: #d33 }}
+table {{ border-collapse: collapse; font-size: 0.9rem; display: block; overflow-x: auto }}
+th, td {{ border-bottom: 1px solid #8886; padding: 0.2rem 1rem 0.2rem 0; text-align: left; vertical-align: top }}
+td {{ overflow-wrap: anywhere }}
+th, td:first-child {{ white-space: nowrap }}
+figure {{ margin: 2rem 0; break-inside: avoid }}
+img {{ width: 100% }}
+@media print {{ img {{ width: auto; max-width: 100%; max-height: 23cm }} }}
+</style></head><body>
+{body}
+</body></html>
+"""
 RANK = 80  # of the widest layer in model.tflite, which is a sixth smaller for it and no less accurate
 BLOCKS = {  # of the cnn: what the answers of a block's filters show, and how many pixels there are from one to the next
     "Block 1: where 24 of its filters found their pattern (orange), such as a stroke or an edge of one direction.": 2,
@@ -2165,8 +2212,79 @@ def measure_tflite(content: bytes, digits: Digits) -> dict[str, float]:
     return {"accuracy": evaluation.correct.mean(), "loss": cross_entropy(evaluation), "bytes": len(content)}
 
 
+def summarise(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run found, by topics, a line each, for its log and its report."""
+    dataset, phone, memory = metrics["dataset"], metrics.get("tflite"), metrics["peak_rss_mib"]
+    topics = {
+        "accuracy": f"{metrics['test_accuracy']:.2%}: {metrics['test_errors']} errors",
+        "loss": f"{metrics['test_loss']:.4f}; calibration error {metrics['expected_calibration_error']:.4f}",
+        "tflite": "{accuracy:.2%}; loss {loss:.4f}; {bytes:,} bytes".format(**phone) if phone else "",
+        "data": f"{dataset['title']}, from {dataset['origin']}",
+        "finished": metrics["finished_at"],
+        "seconds": ", ".join(f"{name} {took:.1f}" for name, took in metrics["timings_seconds"].items()),
+        "memory": f"{memory} MiB at the most" if memory else "",
+        "results": str(metrics["config"]["output_dir"].resolve()),
+    }
+    return [(topic, text) for topic, text in topics.items() if text]
+
+
+def write_report(folder: Path, metrics: dict[str, Any], runs: Sequence[Sequence[str]]) -> None:
+    """report.html: what a run found, its pictures in `folder` and the runs so far, on one page that loads nothing."""
+    flags, usual, title = metrics["config"], vars(parse_config([])), html.escape(metrics["summary"])
+    parts = [f"<h1{' class=below' * bool(metrics['exit_code'])}>{title}</h1>", html_table(summarise(metrics))]
+    if flags["plots"]:
+        picture = io.BytesIO()
+        alike = [(run[0][:19], float(run[3])) for run in runs if run[2] == metrics["dataset"]["name"]]
+        plot_runs(picture, *zip(*alike, strict=True), flags["min_accuracy"])
+        parts += [html_picture(picture, "runs", "the accuracy of each run in this folder; red: --min-accuracy")]
+        parts += [html_picture(folder / name, name, CAPTIONS[name]) for name in CAPTIONS if (folder / name).exists()]
+    changed = [(name, value) for name, value in flags.items() if value != usual[name]]
+    tables = {
+        "Each digit": [list(metrics["per_digit"][0]), *(row.values() for row in metrics["per_digit"])],
+        "Runs in this folder, the last one first": [RUN_COLUMNS, *runs[: -MAX_LISTED_RUNS - 1 : -1]],
+        "Settings": [("not the default", "value"), *changed],
+        "Versions": [("package", "version"), *metrics["versions"].items()],
+    }
+    parts += [f"<h2>{heading}</h2>{html_table(rows)}" for heading, rows in tables.items()]
+    page = PAGE.format(title=title, body="\n".join(parts))
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def plot_runs(file: io.BytesIO, dates: Sequence[str], accuracies: Sequence[float], minimum: float | None) -> None:
+    """The accuracies of runs by their dates (ISO 8601), and the smallest that is accepted."""
+    days, percents = np.array(dates, "datetime64[s]"), 100 * np.array(accuracies)
+    lowest, half_a_day = min(percents.min(), 100 * (minimum or 1)), np.timedelta64(12, "h")
+    with new_figure(file, 9, 3.4, "Accuracy over time", "Runs in this folder on the same data.") as figure:
+        axes = figure.subplots()
+        axes.plot(days, percents, "o-", color=BLUE)
+        if minimum is not None:
+            axes.axhline(100 * minimum, color=RED)
+        axes.set(xlim=(days.min() - half_a_day, days.max() + half_a_day), ylim=(1.1 * lowest - 10.05, 100.05))
+        axes.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(axes.xaxis.get_major_locator()))
+        axes.set_ylabel("% of the test images")
+        axes.grid(alpha=0.25)
+
+
+def html_table(rows: Iterable[Iterable[object]]) -> str:
+    """A table in HTML, whose first row is its header; all text is escaped."""
+    texts = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    lines = ["".join(f"<th>{html.escape(text)}</th>" for text in texts[0])]
+    lines += ["".join(f"<td>{html.escape(text)}</td>" for text in line) for line in texts[1:]]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def html_picture(file: Path | io.BytesIO, name: str, caption: str) -> str:
+    """A PNG inside a page, with a caption; in fewer colours, for a page that is small enough for a mail."""
+    content = io.BytesIO()
+    with Image.open(file) as image:
+        image.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(content, "PNG")
+    source = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="{source}"><figcaption>{name}: {text}</figcaption></figure>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Main: the jobs. Training, --combine and --evaluate go the same way and differ in one step: where the model comes from.
-TITLES = {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}  # of data sets; others go by their name
 Made = tuple[Any, Split | None, dict[str, Any]]  # by a job: a keras.Model, what to calibrate it on, what to say of it
 # How --predict and --read look at pictures and tell what they show, which files they write, the columns of the table,
 # those of them that are printed, and how pictures are plotted, and how many.
@@ -2225,29 +2343,26 @@ def run_job(config: Config) -> int:
                 content = convert_to_tflite(model, digits.train_images[:1000])
                 (results / "model.tflite").write_bytes(content)
                 about["tflite"] = measure_tflite(content, digits)
+        metrics = describe_run(config, digits, model, evaluation) | about | describe_times(started, seconds)
+        write_report(results, metrics, [*read_runs(config.output_dir), row_of_run(metrics)])
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(results.iterdir())}
-        about["files"] = about.get("files", {}) | checksums
-        moments = {"started_at": started, "finished_at": time.time()}
-        dates = {name: time.strftime(UTC, time.gmtime(moment)) for name, moment in moments.items()}
-        timings = {"timings_seconds": seconds | {"total": moments["finished_at"] - started}}
-        metrics = describe_run(config, digits, model, evaluation) | about | timings | dates
-        write_json(results / "metrics.json", metrics)
+        write_json(results / "metrics.json", metrics | {"files": about.get("files", {}) | checksums})
     if job is train:
         remove(config.output_dir / CHECKPOINTS)
-    exit_code = report(config, metrics, log)
-    append_run(config.output_dir, metrics, exit_code)
-    return exit_code
+    log("\n" + "\n".join(f"{topic:<12} {text}" for topic, text in summarise(metrics)))
+    say(metrics["summary"])
+    append_run(config.output_dir, metrics)
+    return metrics["exit_code"]
 
 
 def train(config: Config, digits: Digits, results: Path, seconds: dict[str, float], log: Log) -> Made:
     """Train `--members` networks, each calibrated where they are several, and join them."""
     split = split_validation(digits, config.validation_split, config.train_limit)
-    name = TITLES.get(digits.name, digits.name)
-    log(f"{name}: {len(split.x_train):,} images to train on, {len(split.x_validation):,} to validate on")
+    log(f"{digits.title}: {len(split.x_train):,} images to train on, {len(split.x_validation):,} to validate on")
     checkpoints = open_checkpoints(config, digits, log)
     models, history = [], []
     with timed(seconds, "training"), ThreadPoolExecutor(1) as beside:
-        drawing = beside.submit(write_data_plots, results, split, config, name) if config.plots else None
+        drawing = beside.submit(write_data_plots, results, split, config, digits.title) if config.plots else None
         for seed in range(config.seed, config.seed + config.members):
             with strategy_scope(config.strategy):
                 model = build_model(config.model, config.dropout, seed)
@@ -2260,7 +2375,7 @@ def train(config: Config, digits: Digits, results: Path, seconds: dict[str, floa
         write_csv(results / "history.csv", [history[0], *(row.values() for row in history)])
         if drawing:
             drawing.result()
-            plot_training_curves(results / "training_curves.png", history, name)
+            plot_training_curves(results / "training_curves.png", history, digits.title)
     speed = sum(row["images"] for row in history) / sum(row["seconds"] for row in history)
     model = models[0] if config.members == 1 else build_ensemble(models)
     return model, split, {"training_images_per_second": speed}
@@ -2378,7 +2493,7 @@ def write_evaluation(folder: Path, digits: Digits, evaluation: Evaluation, confi
     if not config.plots:
         return
     figures = f"{100 * evaluation.correct.mean():.2f}% right, {len(wrong):,} errors in {len(labels):,} test images"
-    title = f"{TITLES.get(digits.name, digits.name)}: {figures}"
+    title = f"{digits.title}: {figures}"
     plot_confusion_matrix(folder / "confusion_matrix.png", evaluation, title)
     plot_calibration(folder / "calibration.png", evaluation, title)
     bars = "How probable the network finds each digit. Blue: the label. Orange: another digit."
@@ -2393,20 +2508,31 @@ def describe_run(config: Config, digits: Digits, model: keras.Model, evaluation:
     """How good the model is, and on which data, under which flags and versions and in how much memory it ran."""
     packages = {module.__name__: module.__version__ for module in (tf, keras, np, matplotlib)}
     sizes = {"training_images": len(digits.train_images), "test_images": len(digits.test_images)}
-    matrix = confusion_matrix(evaluation)
+    matrix, accuracy = confusion_matrix(evaluation), evaluation.correct.mean()
+    summary = f"{accuracy:.2%} of {len(digits.test_images):,} {digits.title} test images are right"
+    below = config.min_accuracy is not None and accuracy < config.min_accuracy
     return {
-        "test_accuracy": evaluation.correct.mean(),
+        "summary": summary + (f": BELOW the --min-accuracy of {100 * config.min_accuracy:g}%" if below else ""),
+        "exit_code": EXIT_BELOW_MINIMUM if below else EXIT_DONE,
+        "test_accuracy": accuracy,
         "test_loss": cross_entropy(evaluation),
         "test_errors": int((~evaluation.correct).sum()),
         "expected_calibration_error": expected_calibration_error(evaluation),
         "confusion_matrix": matrix.tolist(),
         "per_digit": per_digit(matrix),
         "parameters": model.count_params(),
-        "dataset": {"name": digits.name, "origin": digits.origin, "sha256": digits.sha256} | sizes,
+        "dataset": {key: getattr(digits, key) for key in ("name", "title", "origin", "sha256")} | sizes,
         "config": vars(config),
         "versions": {"mnist_digit_recognizer": VERSION, "python": platform.python_version()} | packages,
         "peak_rss_mib": peak_rss_mib(),
     }
+
+
+def describe_times(started: float, seconds: dict[str, float]) -> dict[str, Any]:
+    """When a run started and finished, in UTC, and how long its stages took, in seconds."""
+    moments = {"started_at": started, "finished_at": time.time()}
+    dates = {name: time.strftime(UTC, time.gmtime(moment)) for name, moment in moments.items()}
+    return dates | {"timings_seconds": seconds | {"total": round(moments["finished_at"] - started, 3)}}
 
 
 def peak_rss_mib() -> int | None:
@@ -2416,22 +2542,6 @@ def peak_rss_mib() -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def report(config: Config, metrics: dict[str, Any], log: Log) -> int:
-    """Print the summary; its last line, which --quiet leaves, says it all. Returns the exit code."""
-    dataset, accuracy, seconds = metrics["dataset"], metrics["test_accuracy"], metrics["timings_seconds"]
-    title, images = TITLES.get(dataset["name"], dataset["name"]), f"{dataset['test_images']:,}"
-    memory = f"; memory {metrics['peak_rss_mib']} MiB at the most" if metrics["peak_rss_mib"] else ""
-    log(f"\ndata         {title}, from {dataset['origin']}")
-    log(f"accuracy     {100 * accuracy:.2f}%: {metrics['test_errors']} errors in {images} test images")
-    log(f"loss         {metrics['test_loss']:.4f}; calibration error {metrics['expected_calibration_error']:.4f}")
-    log(f"seconds      {', '.join(f'{name} {took:.1f}' for name, took in seconds.items())}{memory}")
-    log(f"results      {config.output_dir.resolve()}")
-    below = config.min_accuracy is not None and accuracy < config.min_accuracy
-    verdict = f": BELOW the --min-accuracy of {100 * config.min_accuracy:g}%" if below else ""
-    say(f"{100 * accuracy:.2f}% of {images} {title} test images are right{verdict}")
-    return EXIT_BELOW_MINIMUM if below else EXIT_DONE
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ They run on the CPU; CUDA_VISIBLE_DEVICES=0 TF_FORCE_GPU_ALLOW_GROWTH=true runs 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
 import datetime
@@ -16,6 +17,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import html.parser
 import io
 import itertools
 import json
@@ -53,7 +55,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals, fork and locks of P
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 needs_mnist = pytest.mark.skipif(not MNIST, reason="MNIST_DATA names no copy of MNIST")
 
-TABLES = {"model.keras", "metrics.json", "history.csv", "predictions.csv", "runs.csv"}
+TABLES = {"model.keras", "metrics.json", "report.html", "history.csv", "predictions.csv", "runs.csv"}
 EVALUATION_PICTURES = {f"{name}.png" for name in "confusion_matrix predictions misclassified calibration".split()}
 EVALUATION_PICTURES |= {"feature_maps.png"}
 PICTURES = EVALUATION_PICTURES | {"samples.png", "pixels.png", "augmentation.png", "training_curves.png"}
@@ -1177,6 +1179,77 @@ def test_pictures_of_extremes(right: bool, arrays: Arrays, tmp_path: Path) -> No
     assert_pictures(tmp_path)
 
 
+class Page(html.parser.HTMLParser):
+    """What a page of HTML holds; fails where an element is not closed in its place."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text, self.tags, self.attributes = "", [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.open += [tag] if tag not in ("meta", "img") else []
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if self.open[-1:] != ["style"] else ""
+
+    def all(self, name: str) -> list[str]:
+        return [value or "" for key, value in self.attributes if key == name]
+
+
+def test_report(trained: Run, tmp_path: Path) -> None:
+    """One file, with all pictures in it, that asks for nothing else."""
+    page = Page(trained.folder / "report.html")
+    assert (trained.folder / "report.html").stat().st_size < 2_000_000
+    assert set(program.CAPTIONS.values()) < set(page.all("alt"))
+    assert all(name in page.text for name in PICTURES)
+    sources = page.all("src")
+    assert len(sources) == len(PICTURES) + 1
+    for source in sources:
+        picture = Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
+        assert picture.width >= 600
+    assert {"script", "link", "iframe", "object"}.isdisjoint(page.tags)
+    assert not re.search(r"https?:|url\(|@import", (trained.folder / "report.html").read_text(encoding="utf-8"))
+    assert not page.all("href")
+    accuracy = f"{100 * trained.metrics['test_accuracy']:.2f}%"
+    for expected in (accuracy, trained.metrics["finished_at"], "batch_size", *trained.metrics["versions"].values()):
+        assert expected in page.text
+    for row in trained.metrics["per_digit"]:
+        assert f"{row['recall']:.4f}" in page.text
+    assert all(sentence in page.text for sentence in program.CAPTIONS.values())
+
+
+def test_the_readme_has_the_sentence_of_each_picture() -> None:
+    assert set(program.CAPTIONS) == PICTURES
+    for name, sentence in program.CAPTIONS.items():
+        assert f"| `{name}` | {sentence} |" in README
+
+
+def test_report_of_a_run_below_its_minimum(tiny: Path, mlp: Run, tmp_path: Path) -> None:
+    """It says so first. Text from outside stays text; a damaged runs.csv costs nothing; no plots, no pictures."""
+    data, out = tmp_path / "<b>&amp;'\".npz", tmp_path / "out"
+    shutil.copy(tiny, data)
+    out.mkdir()
+    good = "2026-01-02T03:04:05+00:00,3,tiny,0.9123,0.30000,12.3,0"
+    (out / "runs.csv").write_text(f'{",".join(program.RUN_COLUMNS)}\n{good}\n2026-01-02T03,x\n\n,,,\n"\x00\n')
+    flags = "--evaluate", "--model-file", mlp.model, "--data", data, "--min-accuracy", 1, "--output-dir", out
+    for plots, pictures in (["--no-plots"], 0), ([], len(EVALUATION_PICTURES) + 1):
+        assert call(*flags, *plots)[0] == 3
+        page = Page(out / "report.html")
+        assert "BELOW" in page.text[: page.text.index("accuracy")]
+        assert str(data) in page.text
+        assert "b" not in page.tags
+        assert "0.9123" in page.text
+        assert page.tags.count("img") == pictures
+
+
 def test_tflite(trained: Run, tiny: Path, arrays: Arrays, tmp_path: Path) -> None:
     """The README's lines read one digit; all of them together are as right as the metrics say."""
     out = tmp_path / "outputs"
@@ -1186,6 +1259,7 @@ def test_tflite(trained: Run, tiny: Path, arrays: Arrays, tmp_path: Path) -> Non
     assert (code, err) == (0, "")
     figures, content = read_metrics(out)["tflite"], (out / "model.tflite").read_bytes()
     assert figures["bytes"] == len(content) <= 300_000
+    assert f"{figures['bytes']:,} bytes" in log
     assert "Captures" not in log  # of what the converter prints
     assert figures["accuracy"] == pytest.approx(trained.metrics["test_accuracy"], abs=0.02)
     assert figures["loss"] == pytest.approx(trained.metrics["test_loss"], abs=0.1)
@@ -1217,7 +1291,7 @@ def test_evaluate_reproduces_the_run(trained: Run, tiny: Path, tmp_path: Path) -
         assert metrics[key] == pytest.approx(trained.metrics[key], rel=0.02)
     one, other = (read_table(folder / "predictions.csv") for folder in (out, trained.folder))
     assert np.allclose(one["confidence"], other["confidence"], atol=1e-3)
-    assert names(out) == EVALUATION_PICTURES | {"metrics.json", "predictions.csv", "runs.csv"}
+    assert names(out) == EVALUATION_PICTURES | {"metrics.json", "predictions.csv", "report.html", "runs.csv"}
 
 
 def test_evaluate_in_place(pair: Path, earlier: Path, mlp: Run, tiny: Path) -> None:
@@ -1306,6 +1380,18 @@ def test_default_run(default_run: Run) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=default_run.folder, check=True)  # without this program
     seconds = metrics["timings_seconds"]
     assert seconds["evaluation"] + seconds["plots"] < 0.1 * seconds["total"]
+    assert (default_run.folder / "report.html").stat().st_size < 2_000_000
+
+
+@needs_mnist
+@pytest.mark.slow
+def test_tflite_of_the_default_run(default_run: Run, tmp_path: Path) -> None:
+    flags = f"--evaluate --tflite --no-plots --data {MNIST} --model-file {default_run.model} --output-dir {tmp_path}"
+    assert call(*flags.split())[0] == 0
+    metrics = read_metrics(tmp_path)
+    assert metrics["tflite"]["bytes"] <= 300_000
+    assert metrics["tflite"]["accuracy"] > metrics["test_accuracy"] - 0.001
+    assert metrics["tflite"]["loss"] < 0.02
 
 
 @needs_mnist
@@ -1869,10 +1955,10 @@ def publish(mlp: Run, monkeypatch: Patch) -> Publish:
     def run(folder: Path, content: str = "new", pictures: int = len(PICTURES)) -> tuple[int, str, str]:
         def job(config: program.Config) -> int:
             with program.stage_results(config.output_dir, program.RESULTS) as results:
-                for name in ["model.keras", "history.csv", "predictions.csv", *sorted(PICTURES)[:pictures]]:
+                for name in [*sorted(TABLES - {"metrics.json", "runs.csv"}), *sorted(PICTURES)[:pictures]]:
                     (results / name).write_text(f"{content} {name}")
                 program.write_json(results / "metrics.json", {"content": content})
-            program.append_run(config.output_dir, mlp.metrics, 0)
+            program.append_run(config.output_dir, mlp.metrics)
             return 0
 
         monkeypatch.setattr(program, "run_job", job)
