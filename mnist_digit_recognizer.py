@@ -194,7 +194,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
         parser.error("--resume goes with a training run only")
     if config.job in ("predict", "read") and (config.tflite or config.min_accuracy is not None):
         parser.error(f"--min-accuracy and --tflite do not go with --{config.job}, where the true digits are unknown")
-    if any(path.name.lower().endswith(CSV_ENDINGS) for path in config.predict or ()):
+    if any(path.name.lower().endswith(CSV_ENDINGS) and not os.path.isdir(path) for path in config.predict or ()):
         config.job = "submit"
         if len(config.predict) > 1:
             parser.error("--predict takes pictures and folders, or one .csv file")
@@ -1092,7 +1092,9 @@ def download_mnist(cache: Path) -> list[np.ndarray]:
 
 def read_npz(path: Path) -> list[np.ndarray]:
     """The four arrays of an .npz file, checked; nothing in it is ever unpickled. Raises Failure."""
-    with blame(path, f"--data takes auto, mnist, synthetic, a folder or an .npz file with {', '.join(NPZ_KEYS)}"):
+    with blame(
+        path, f"--data takes auto, mnist, synthetic, a folder, a .csv or an .npz file with {', '.join(NPZ_KEYS)}"
+    ):
         check_regular_file(path)
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as content:
             if any(archive.getinfo(f"{key}.npy").file_size > MAX_BYTES for key in NPZ_KEYS):
@@ -1134,10 +1136,11 @@ def find_csv(source: Path) -> list[Path]:
     """The CSV files that `--data` names: a file, or the train.csv of a folder and its test.csv; else none."""
     if not os.path.isdir(source):
         return [source] if source.name.lower().endswith(CSV_ENDINGS) else []
-    for start, ending in itertools.product(("", "mnist_"), CSV_ENDINGS):
-        train, test = (source / f"{start}{part}{ending}" for part in ("train", "test"))
-        if train.exists():
-            return [train, test] if test.exists() else [train]
+    for start in ("", "mnist_"):
+        spelled = [[source / f"{start}{part}{ending}" for ending in CSV_ENDINGS] for part in ("train", "test")]
+        train, test = ([path for path in paths if os.path.lexists(path)][:1] for paths in spelled)
+        if train:
+            return train + test
     return []
 
 
@@ -1146,12 +1149,12 @@ def read_csv_digits(train: Path, test: Path | None = None) -> tuple[list[np.ndar
     rows, test_rows = read_csv(train), read_csv(test) if test else None
     if rows.shape[1] != 785:
         raise Failure(f"{train}: its rows have no labels, which --data needs: a label and 784 pixels")
-    origin = f"{train}, {test}"
+    names, origin = [str(train), str(test)], f"{train}, {test}"
     if test_rows is None or test_rows.shape[1] != 785:  # Kaggle's test.csv has no labels
         rows, test_rows = np.split(rows, [len(rows) - len(rows) // 7])
-        test, origin = train, f"{train}, its last seventh as test images"
-    arrays = [part for each in (rows, test_rows) for part in (each[:, 1:].reshape(-1, 28, 28), each[:, 0])]
-    return check_digits(arrays, [f"{path}: {part}" for path in (train, test) for part in ("pixels", "labels")]), origin
+        names[1] = origin = f"{train}, its last seventh as test images"
+    arrays = [part for table in (rows, test_rows) for part in (table[:, 1:].reshape(-1, 28, 28), table[:, 0])]
+    return check_digits(arrays, [f"{name}: {part}" for name in names for part in ("pixels", "labels")]), origin
 
 
 def read_csv(path: Path) -> np.ndarray:
@@ -1160,14 +1163,18 @@ def read_csv(path: Path) -> np.ndarray:
 
     def rows_of(stream: TextIO) -> Iterator[str]:
         nonlocal row
-        for line in iter(lambda: stream.readline(MAX_CSV_LINE), ""):
-            if row > 0 or line[0].isdigit():  # else it is a header
-                row += 1
-                if row > MAX_ROWS:
-                    raise ValueError(f"there are more than {MAX_ROWS:,} rows")
-                yield line
+        for index, line in enumerate(iter(lambda: stream.readline(MAX_CSV_LINE), "")):
+            numbers = sum(field.strip().isdigit() for field in line.split(",", 9)[:9])
+            if line.isspace() or (index == 0 and numbers < 5):  # a header, which has names in place of numbers
+                continue
+            row += 1
+            if row > MAX_ROWS:
+                raise ValueError(f"there are more than {MAX_ROWS:,} rows")
+            if line.count(",") not in (783, 784):
+                raise ValueError(f"it has {line.count(',') + 1} numbers")
+            yield line
 
-    with blame(path, "each row is a label and 784 pixels, or 784 pixels, whole numbers from 0 to 255"):
+    with blame(path, "each row is a label and 784 pixels, or 784 pixels: whole numbers to 255, separated by commas"):
         check_regular_file(path)
         if path.stat().st_size > 4 * MAX_BYTES:
             raise ValueError(f"has more than {4 * MAX_BYTES:,} bytes")
@@ -1176,9 +1183,13 @@ def read_csv(path: Path) -> np.ndarray:
             try:
                 rows = np.loadtxt(rows_of(stream), np.uint8, delimiter=",", comments=None, ndmin=2)
             except ValueError as error:  # NumPy counts rows now from 0, now from 1
-                raise ValueError(f"row {row}: {re.sub(' at row [0-9]+|;.*', '', str(error))}") from error
-        if not len(rows) or rows.shape[1] not in (784, 785):
-            raise ValueError(f"row 1 has {rows.shape[1]} numbers" if len(rows) else "has no rows")
+                text = re.sub(r" at row \d+|\.$|; use `usecols.*", "", str(error))
+                raise ValueError(f"row {row}: {text}") from error
+        if not len(rows):
+            raise ValueError("has no rows")
+        if rows.shape[1] == 785 and rows[:, 0].max() > 9:
+            row = int(np.argmax(rows[:, 0] > 9))
+            raise ValueError(f"row {row + 1}: the label is {rows[row, 0]}, not 0 to 9")
     return rows
 
 
@@ -2445,7 +2456,7 @@ def submit(config: Config) -> int:
     with stage_results(config.output_dir, SUBMISSION) as results:
         rows = read_csv(config.predict[0])
         if rows.shape[1] != 784:
-            raise Failure(f"--predict {config.predict[0]}: its rows have labels; give 784 pixels a row")
+            raise Failure(f"--predict {config.predict[0]}: has labels, or an index, before the 784 pixels of each row")
         digits = predict_probabilities(load_model(config.model_file), rows.reshape(-1, 28, 28)).argmax(axis=1)
         write_csv(results / SUBMISSION[0], [["ImageId", "Label"], *enumerate(digits, start=1)])
     say(f"{len(digits):,} digits recognised, in {config.output_dir / SUBMISSION[0]}")

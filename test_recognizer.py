@@ -570,13 +570,13 @@ def test_csv_of_labels_and_pixels(ending: str, header: bool, arrays: Arrays, tmp
     assert "last seventh" in digits.origin
 
 
-@pytest.mark.parametrize("start", ["", "mnist_"])
-def test_folder_of_csv_files(start: str, arrays: Arrays, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("start", "ending"), [("", "csv"), ("mnist_", "csv.gz")])
+def test_folder_of_csv_files(start: str, ending: str, arrays: Arrays, tmp_path: Path) -> None:
     x, y = arrays["x_train"], arrays["y_train"]
     write_csv(tmp_path / f"{start}train.csv", x, y)
-    write_csv(tmp_path / f"{start}test.csv", arrays["x_test"])  # as Kaggle has it, without labels
+    write_csv(tmp_path / f"{start}test.{ending}", arrays["x_test"])  # as Kaggle has it, without labels
     assert equal_digits(program.load_digits(str(tmp_path)), x[:-171], y[:-171], x[-171:], y[-171:])
-    write_csv(tmp_path / f"{start}test.csv", arrays["x_test"], arrays["y_test"])
+    write_csv(tmp_path / f"{start}test.{ending}", arrays["x_test"], arrays["y_test"])
     assert equal_digits(program.load_digits(str(tmp_path)), *arrays.values())
 
 
@@ -601,11 +601,12 @@ def test_from_csv_files_to_a_submission(arrays: Arrays, tmp_path: Path) -> None:
 
 
 WRONG_ROWS: dict[str, Callable[[str], str]] = {
-    "short": lambda row: row[: row.rindex(",")],
+    "short": lambda row: row.rsplit(",", 2)[0],
     "long": lambda row: row + ",0",
     "text": lambda row: row.replace("0", "zero", 1),
     "256": lambda row: row.replace("0", "256", 1),
     "nan": lambda row: row.replace("0", "nan", 1),
+    "10": lambda row: "10" + row[1:],
     "negative": lambda row: row.replace("0", "-1", 1),
     "fraction": lambda row: row.replace("0", "0.5", 1),
     "empty field": lambda row: row.replace("0", "", 1),
@@ -614,15 +615,20 @@ WRONG_ROWS: dict[str, Callable[[str], str]] = {
 }
 
 
+@pytest.mark.parametrize("number", [1, 7])
+@pytest.mark.parametrize("header", [True, False])
 @pytest.mark.parametrize("fault", WRONG_ROWS)
-def test_csv_with_a_wrong_row(fault: str, arrays: Arrays, tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "train.csv", arrays["x_train"][:30], arrays["y_train"][:30])
+def test_csv_with_a_wrong_row(fault: str, header: bool, number: int, arrays: Arrays, tmp_path: Path) -> None:
+    """No row is left out without a word: those of a submission are counted."""
+    path = write_csv(tmp_path / "train.csv", arrays["x_train"][:30], arrays["y_train"][:30] * (fault != "10"), header)
     lines = path.read_text().splitlines()
-    lines[7] = WRONG_ROWS[fault](lines[7])  # below the header and six rows
-    path.write_text("\n".join(lines))
+    lines[number - 1 + header] = WRONG_ROWS[fault](lines[number - 1 + header])
+    path.write_text("\n\n".join(lines))
+    if number == 1 and not header and fault in ("binary", "other separator"):
+        return  # that may be a header
     message = refused("--data", path, "--output-dir", tmp_path / "out")
     assert str(path) in message
-    assert re.search(r"\brow 7\b", message)
+    assert re.search(rf"\brow {number}\b", message)
 
 
 @pytest.mark.parametrize("kind", ["empty", "header", "narrow", "huge", "many rows", "one label"])
