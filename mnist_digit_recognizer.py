@@ -716,7 +716,7 @@ def new_figure(path: Path, width: float, height: float, title: str, subtitle: st
     with matplotlib.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
         figure = matplotlib.figure.Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
         figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - 0.75 / height))
-        figure.text(0.18 / width, 1 - 0.12 / height, title, fontsize=15, fontweight="bold", va="top")
+        figure.text(0.18 / width, 1 - 0.12 / height, title, fontsize=15, fontweight="bold", va="top", parse_math=False)
         figure.text(0.18 / width, 1 - 0.46 / height, subtitle, fontsize=10.5, color=MUTED, va="top")
         yield figure
         figure.savefig(path)
@@ -727,7 +727,7 @@ def show_image(axes: matplotlib.axes.Axes, image: np.ndarray, title: str = "", c
     if image.ndim == 4:  # with a black line around each image
         image = np.hstack(np.hstack(np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)))))
     axes.imshow(image, cmap=colours, vmin=0, vmax=255, interpolation="nearest")
-    axes.set_title(title, fontsize=10, loc="center", pad=3)
+    axes.set_title(title, fontsize=10, loc="center", pad=3, parse_math=False)
     axes.set_axis_off()
 
 
@@ -2044,13 +2044,17 @@ def row_of_run(metrics: dict[str, Any]) -> list[str]:
     return [*names, f"{accuracy:.4f}", f"{loss:.5f}", f"{seconds:.1f}", str(metrics["exit_code"])]
 
 
-def read_runs(folder: Path) -> list[tuple[str, ...]]:
+def read_runs(folder: Path) -> list[list[str]]:
     """The rows of runs.csv but damaged ones, which must not cost a new run its results."""
-    text = ""
-    with contextlib.suppress(OSError, ValueError):
+    runs = []
+    with contextlib.suppress(OSError, ValueError, csv.Error):
         check_regular_file(folder / "runs.csv")
-        text = (folder / "runs.csv").read_text(encoding="utf-8", errors="replace")
-    return re.findall(r"^(\d{4}-\d\d-\d\dT.{14}),(\d+),(.*),([01]\.\d+),(.*),(.*),(\d+)$", text, re.MULTILINE)
+        with open(folder / "runs.csv", newline="", encoding="utf-8", errors="replace") as stream:
+            for row in csv.reader(stream):
+                with contextlib.suppress(ValueError, IndexError):
+                    sound = 2000 <= time.strptime(row[0], UTC).tm_year < 2100 and 0 <= float(row[3]) <= 1
+                    runs += [row] * (sound and len(row) == len(RUN_COLUMNS))
+    return runs
 
 
 def append_run(folder: Path, metrics: dict[str, Any]) -> None:
@@ -2059,7 +2063,9 @@ def append_run(folder: Path, metrics: dict[str, Any]) -> None:
     with blame(path, "the results themselves are in place"):
         if path.is_symlink():
             raise ValueError("is a symbolic link")
-        write_csv(path, [row] if path.exists() else [RUN_COLUMNS, row], mode="a")
+        content = path.read_bytes() if path.exists() else b""
+        before = [] if content.endswith(b"\n") else [[]] if content else [RUN_COLUMNS]  # [[]]: ends a line cut short
+        write_csv(path, [*before, row], mode="a")
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]], mode: str = "w") -> None:
@@ -2091,7 +2097,7 @@ table {{ border-collapse: collapse; font-size: 0.9rem; display: block; overflow-
 th, td {{ border-bottom: 1px solid #8886; padding: 0.2rem 1rem 0.2rem 0; text-align: left; vertical-align: top }}
 td {{ overflow-wrap: anywhere }}
 th, td:first-child {{ white-space: nowrap }}
-figure {{ margin: 2rem 0; break-inside: avoid }}
+figure, table {{ margin: 2rem 0; break-inside: avoid }}
 img {{ width: 100% }}
 @media print {{ img {{ width: auto; max-width: 100%; max-height: 23cm }} }}
 </style></head><body>
@@ -2106,25 +2112,31 @@ BLOCKS = {  # of the cnn: what the answers of a block's filters show, and how ma
 }
 
 
-def is_own(model: keras.Model) -> bool:
-    """Whether a model was made by this program: its last layers have the names and classes that `build_model` gives."""
-    return isinstance(model.layers[-1], keras.layers.Softmax) and '"logits"' in model.to_json()
-
-
 def networks_of(model: keras.Model) -> list[keras.Model]:
-    """The networks that a model of this program consists of: of an ensemble, one a member."""
-    inner = [layer for layer in model.layers if isinstance(layer, keras.Model)]
-    return [network for layer in inner for network in networks_of(layer)] or [model]
+    """The networks that make up a model of this program: of an ensemble, one a member. Of other models none."""
+
+    def leaves(part: keras.Model) -> list[keras.Model]:
+        inner = [layer for layer in part.layers if isinstance(layer, keras.Model)]
+        return [leaf for layer in inner for leaf in leaves(layer)] or [part]
+
+    known = [[weight.shape for weight in build_model(name, 0.0, 0).weights] for name in ("cnn", "mlp")]
+    networks = leaves(model)
+    own = all([weight.shape for weight in network.weights] in known for network in networks)
+    return networks if own and sum(network.count_params() for network in networks) == model.count_params() else []
 
 
 def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluation: Evaluation) -> None:
-    """Plot what the first network of a model looks at: of all test images a part, with the mistakes among them."""
-    network = networks_of(model)[0]
+    """Plot what the first network of a model of this program looks at, and a map of some of the test images."""
+    networks = networks_of(model)
+    if not networks:
+        return
+    network = networks[0]
     blocks = [layer.output for layer in network.layers if isinstance(layer, keras.layers.ReLU)][:-1]
     inside = keras.Model(network.inputs, [*network.outputs, *blocks, network.get_layer("logits").input])
     some = np.union1d(np.arange(0, len(evaluation.labels), 5), np.flatnonzero(~evaluation.correct)[:100])
     image = digits.test_images[np.argmax(evaluation.labels == 2)]
-    _, *blocks, hidden = inside.predict(normalise(np.stack([image, *digits.test_images[some]])), verbose=0)
+    images = np.stack([image, *digits.test_images[some]])
+    _, *blocks, hidden = inside.predict(normalise(images), batch_size=500, verbose=0)
     kernel = network.get_weights()[0]  # (5, 5, 1, n) of a convolution; (784, n) of the mlp
     side = math.isqrt(kernel.size // kernel.shape[-1])
     filters, part = kernel.reshape(side, side, -1).transpose(2, 0, 1), Evaluation(*(each[some] for each in evaluation))
@@ -2138,7 +2150,7 @@ def plot_feature_maps(
     side, rows = filters.shape[1], dict(zip(BLOCKS, blocks, strict=False))
     first = f"{len(filters)} filters of {side} x {side} pixels: ink on white raises the answer, on black it lowers it."
     last = "Test images, where the last hidden layer puts them (PCA, two dimensions). Red circles: mistakes."
-    heights, subtitle = [1.3, *(2.0 for _ in rows), 6.5], "From pixels to strokes, to parts of digits, to ten groups."
+    heights, subtitle = [1.3, *(2.0 for _ in rows), 6.5], "Layer by layer, from pixels to ten groups of images."
     with new_figure(path, 12, 1.16 * sum(heights) + 1, "What the network has learnt to look at", subtitle) as figure:
         mosaic = [["image", *[first] * 8], *([row] * 9 for row in (*rows, last))]
         axes = figure.subplot_mosaic(mosaic, height_ratios=heights)
@@ -2178,9 +2190,9 @@ def draw_map(axes: matplotlib.axes.Axes, hidden: np.ndarray, evaluation: Evaluat
 
 def convert_to_tflite(model: keras.Model, images: np.ndarray) -> bytes:
     """A model, one look, with 8-bit integers inside: float32 (1, 28, 28, 1) -> (1, 10). Calibrated on uint8 images."""
-    if is_own(model):
+    if networks := networks_of(model):
         inputs = keras.Input((28, 28, 1))
-        logits = [narrow(network, images)(inputs) for network in networks_of(model)]
+        logits = [narrow(network, images)(inputs) for network in networks]
         model = keras.Model(inputs, keras.layers.Softmax()(keras.layers.Average()(logits)))
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -2247,11 +2259,12 @@ def write_report(folder: Path, metrics: dict[str, Any], runs: Sequence[Sequence[
         picture = io.BytesIO()
         alike = [(run[0][:19], float(run[3])) for run in runs if run[2] == metrics["dataset"]["name"]]
         plot_runs(picture, *zip(*alike, strict=True), flags["min_accuracy"])
-        parts += [html_picture(picture, "runs", "the accuracy of each run in this folder; red: --min-accuracy")]
+        parts += [html_picture(picture, "runs", "the runs in this folder on the same data; red: --min-accuracy")]
         parts += [html_picture(folder / name, name, CAPTIONS[name]) for name in CAPTIONS if (folder / name).exists()]
     changed = [(name, value) for name, value in flags.items() if value != usual[name]]
+    measures = list(metrics["per_digit"][0])
     tables = {
-        "Each digit": [list(metrics["per_digit"][0]), *(row.values() for row in metrics["per_digit"])],
+        "Each digit": [measures, *([f"{row[each]:.4g}" for each in measures] for row in metrics["per_digit"])],
         "Runs in this folder, the last one first": [RUN_COLUMNS, *runs[: -MAX_LISTED_RUNS - 1 : -1]],
         "Settings": [("not the default", "value"), *changed],
         "Versions": [("package", "version"), *metrics["versions"].items()],
@@ -2264,13 +2277,13 @@ def write_report(folder: Path, metrics: dict[str, Any], runs: Sequence[Sequence[
 def plot_runs(file: io.BytesIO, dates: Sequence[str], accuracies: Sequence[float], minimum: float | None) -> None:
     """The accuracies of runs by their dates (ISO 8601), and the smallest that is accepted."""
     days, percents = np.array(dates, "datetime64[s]"), 100 * np.array(accuracies)
-    lowest, half_a_day = min(percents.min(), 100 * (minimum or 1)), np.timedelta64(12, "h")
-    with new_figure(file, 9, 3.4, "Accuracy over time", "Runs in this folder on the same data.") as figure:
+    lowest, margin = min(percents.min(), 100 * (minimum or 1)), max(np.timedelta64(12, "h"), np.ptp(days) // 50)
+    with new_figure(file, 9, 3.4, "Accuracy over time", "Each dot is a run.") as figure:
         axes = figure.subplots()
-        axes.plot(days, percents, "o-", color=BLUE)
+        axes.plot(days, percents, "o-", color=BLUE, markersize=4)
         if minimum is not None:
             axes.axhline(100 * minimum, color=RED)
-        axes.set(xlim=(days.min() - half_a_day, days.max() + half_a_day), ylim=(1.1 * lowest - 10.05, 100.05))
+        axes.set(xlim=(days.min() - margin, days.max() + margin), ylim=(1.1 * lowest - 10.05, 100.05))
         axes.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(axes.xaxis.get_major_locator()))
         axes.set_ylabel("% of the test images")
         axes.grid(alpha=0.25)
@@ -2278,9 +2291,9 @@ def plot_runs(file: io.BytesIO, dates: Sequence[str], accuracies: Sequence[float
 
 def html_table(rows: Iterable[Iterable[object]]) -> str:
     """A table in HTML, whose first row is its header; all text is escaped."""
-    texts = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    lines = ["".join(f"<th>{html.escape(text)}</th>" for text in texts[0])]
-    lines += ["".join(f"<td>{html.escape(text)}</td>" for text in line) for line in texts[1:]]
+    texts = [[html.escape(str(cell)) for cell in row] for row in rows]
+    lines = ["".join(f"<th>{text}</th>" for text in texts[0])]
+    lines += ["".join(f"<td>{text}</td>" for text in line) for line in texts[1:]]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
@@ -2347,10 +2360,10 @@ def run_job(config: Config) -> int:
             evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
         with timed(seconds, "plots"):
             write_evaluation(results, digits, evaluation, config)
-            if config.plots and is_own(model):
+            if config.plots:
                 write_feature_maps(results / "feature_maps.png", model, digits, evaluation)
         if config.tflite:
-            with timed(seconds, "tflite"), blame("--tflite", "without it, --resume completes a training run"):
+            with timed(seconds, "tflite"), blame("--tflite", "leave it out; --resume completes a training run"):
                 content = convert_to_tflite(model, digits.train_images[:1000])
                 (results / "model.tflite").write_bytes(content)
                 about["tflite"] = measure_tflite(content, digits)
@@ -2398,7 +2411,7 @@ def combine(config: Config, digits: Digits, results: Path, seconds: dict[str, fl
     members = []
     for folder in config.combine:
         members.append(load_model(folder / "model.keras"))
-        if not is_own(members[-1]):
+        if not isinstance(members[-1].layers[-1], keras.layers.Softmax) or '"logits"' not in members[-1].to_json():
             raise Failure(f"--combine {folder}: its model was not made by this program")
         trained_on = metrics_of_model(folder / "model.keras")
         if trained_on and trained_on["dataset"]["sha256"] != digits.sha256:

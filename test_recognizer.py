@@ -713,14 +713,17 @@ def test_other_models_of_keras_can_be_used(tiny: Path, arrays: Arrays, tmp_path:
     layers, inputs, inner_inputs = keras.layers, keras.Input((28, 28, 1)), keras.Input((28, 28, 1))
     convolution = layers.Conv2D(8, 3, 2, activation="relu", kernel_regularizer="l2", kernel_constraint="non_neg")
     inner = keras.Sequential([inner_inputs, convolution, layers.MaxPooling2D(), layers.Dropout(0.5), layers.Flatten()])
-    outputs = layers.Dense(10, activation=keras.activations.softmax)(inner(inputs) + inner(layers.RandomFlip()(inputs)))
-    model = keras.Model(inputs, outputs)
+    hidden = layers.Dense(100, activation="relu")(inner(inputs) + inner(layers.RandomFlip()(inputs)))
+    model = keras.Model(inputs, layers.Softmax()(layers.Dense(10, name="logits")(hidden)))
     model.compile("adam", lambda y_true, y_pred: y_pred)
     model.save(tmp_path / "theirs.keras")
     picture = save_pictures(tmp_path / "pictures", arrays["x_test"][:1])
-    flags = "--model-file", tmp_path / "theirs.keras", "--output-dir", tmp_path / "out", "--no-plots"
-    assert call("--evaluate", "--data", tiny, *flags)[0] == 0
-    code, out, err = call("--predict", picture, *flags)
+    flags = "--model-file", tmp_path / "theirs.keras", "--output-dir", tmp_path / "out"
+    assert call("--evaluate", "--tflite", "--data", tiny, *flags)[0] == 0
+    assert names(tmp_path / "out") & PICTURES == EVALUATION_PICTURES - {"feature_maps.png"}  # which is for our own
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics["tflite"]["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=0.05)
+    code, out, err = call("--predict", picture, *flags, "--no-plots")
     assert (code, len(predictions_of(out))) == (0, 1)
     assert "threshold" in only_line(err)
 
@@ -1228,7 +1231,7 @@ def test_report(trained: Run, tmp_path: Path) -> None:
     for expected in (accuracy, trained.metrics["finished_at"], "batch_size", *trained.metrics["versions"].values()):
         assert expected in page.text
     for row in trained.metrics["per_digit"]:
-        assert f"{row['recall']:.4f}" in page.text
+        assert f"{row['recall']:.4g}" in page.text
     assert all(sentence in page.text for sentence in program.CAPTIONS.values())
 
 
@@ -1240,11 +1243,19 @@ def test_the_readme_has_the_sentence_of_each_picture() -> None:
 
 def test_report_of_a_run_below_its_minimum(tiny: Path, mlp: Run, tmp_path: Path) -> None:
     """It says so first. Text from outside stays text; a damaged runs.csv costs nothing; no plots, no pictures."""
-    data, out = tmp_path / "<b>&amp;'\".npz", tmp_path / "out"
+    data, out = tmp_path / "<b>&amp;'\"$x$\\q$.npz", tmp_path / "out"
     shutil.copy(tiny, data)
     out.mkdir()
-    good = "2026-01-02T03:04:05+00:00,3,tiny,0.9123,0.30000,12.3,0"
-    (out / "runs.csv").write_text(f'{",".join(program.RUN_COLUMNS)}\n{good}\n2026-01-02T03,x\n\n,,,\n"\x00\n')
+    good = '2026-01-02T03:04:05+00:00,3,"a,b",0.9123,0.30000,12.3,0'
+    wrong = [
+        "2026-01-02T03,x",
+        "",
+        ",,,",
+        good.replace("01-02", "02-30"),
+        good.replace("2026", "9999"),
+        good + ",.5" * 999,
+    ]
+    (out / "runs.csv").write_text("\n".join([",".join(program.RUN_COLUMNS), good, *wrong, good[:-7]]))
     flags = "--evaluate", "--model-file", mlp.model, "--data", data, "--min-accuracy", 1, "--output-dir", out
     for plots, pictures in (["--no-plots"], 0), ([], len(EVALUATION_PICTURES) + 1):
         assert call(*flags, *plots)[0] == 3
@@ -1252,8 +1263,9 @@ def test_report_of_a_run_below_its_minimum(tiny: Path, mlp: Run, tmp_path: Path)
         assert "BELOW" in page.text[: page.text.index("accuracy")]
         assert str(data) in page.text
         assert "b" not in page.tags
-        assert "0.9123" in page.text
+        assert page.text.count("0.9123") == 1
         assert page.tags.count("img") == pictures
+    assert (out / "runs.csv").read_text().count("\n2026-") == 7
 
 
 def test_tflite(trained: Run, tiny: Path, arrays: Arrays, tmp_path: Path) -> None:
