@@ -1857,16 +1857,18 @@ def stop_on_signals() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         if number in before:  # else it is the alarm
             received.append(number)
+            sys.unraisablehook = lambda dropped: None  # see below
             for each in before:
                 signal.signal(each, signal.SIG_DFL)
             if hasattr(signal, "setitimer"):  # not on Windows
                 signal.signal(signal.SIGALRM, stop)
                 signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
-        # Python drops what is raised while it frees an object, as it often does among imports, and the run would go on.
+        # Python reports and drops what is raised while it frees an object, as it often does among imports and plots.
         if not isinstance(sys.exc_info()[1], Stopped):  # else it is tidying up
             raise Stopped(received[0])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
     try:
         for number, handler in before.items():
             signal.signal(number, stop if handler != signal.SIG_IGN else handler)  # background jobs ignore SIGINT
@@ -1876,6 +1878,7 @@ def stop_on_signals() -> Iterator[None]:
             raise Stopped(received[0]) from error
         raise
     finally:
+        sys.unraisablehook = hook
         if received and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
