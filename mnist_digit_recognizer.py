@@ -2093,19 +2093,15 @@ MAX_LISTED_RUNS = 20  # in report.html
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
-:root {{ color-scheme: light dark; font: 16px/1.5 sans-serif }}
+:root {{ color-scheme: light dark; font: 16px/1.5 sans-serif }} .below {{ color: #d33 }}
 body {{ max-width: 56rem; margin: auto; padding: 1rem }}
-.below {{ color: #d33 }}
 table {{ border-collapse: collapse; font-size: 0.9rem; display: block; overflow-x: auto }}
 th, td {{ border-bottom: 1px solid #8886; padding: 0.2rem 1rem 0.2rem 0; text-align: left; vertical-align: top }}
-td {{ overflow-wrap: anywhere }}
-th, td:first-child {{ white-space: nowrap }}
+td {{ overflow-wrap: anywhere }} th, td:first-child {{ white-space: nowrap }}
 figure, table {{ margin: 2rem 0; break-inside: avoid }}
-img {{ width: 100% }}
-@media print {{ img {{ width: auto; max-width: 100%; max-height: 23cm }} }}
+img {{ width: 100% }} @media print {{ img {{ width: auto; max-width: 100%; max-height: 23cm }} }}
 </style></head><body>
-{body}
-</body></html>
+{body}</body></html>
 """
 RANK = 80  # of the widest layer in model.tflite, which is a sixth smaller for it and no less accurate
 BLOCKS = {  # of the cnn: what the answers of a block's filters show, and how many pixels there are from one to the next
@@ -2153,8 +2149,11 @@ def plot_feature_maps(
     side, rows = filters.shape[1], dict(zip(BLOCKS, blocks, strict=False))
     first = f"{len(filters)} filters of {side} x {side} pixels: ink on white raises the answer, on black it lowers it."
     last = "Test images, where the last hidden layer puts them (PCA, two dimensions). Red circles: mistakes."
-    heights, subtitle = [1.3, *(2.0 for _ in rows), 6.5], "Layer by layer, from pixels to ten groups of images."
-    with new_figure(path, 12, 1.16 * sum(heights) + 1, "What the network has learnt to look at", subtitle) as figure:
+    heights = [1.3, *(2.0 for _ in rows), 6.5]
+    height, title = 1.16 * sum(heights) + 1.2, "What the network has learnt to look at"
+    subtitle = "Layer by layer, from pixels to ten groups of images. Of an ensemble: its first network."
+    with new_figure(path, 12, height, title, subtitle) as figure:
+        figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - 0.95 / height))
         mosaic = [["image", *[first] * 8], *([row] * 9 for row in (*rows, last))]
         axes = figure.subplot_mosaic(mosaic, height_ratios=heights)
         show_image(axes["image"], image)
@@ -2370,7 +2369,10 @@ def run_job(config: Config) -> int:
                 content = convert_to_tflite(model, digits.train_images[:1000])
                 (results / "model.tflite").write_bytes(content)
                 about["tflite"] = measure_tflite(content, digits)
-        metrics = describe_run(config, digits, model, evaluation) | about | describe_times(started, seconds)
+        moments = {"started_at": started, "finished_at": time.time()}
+        about |= {name: time.strftime(UTC, time.gmtime(moment)) for name, moment in moments.items()}
+        about["timings_seconds"] = seconds | {"total": round(moments["finished_at"] - started, 3)}
+        metrics = describe_run(config, digits, model, evaluation) | about
         write_report(results, metrics, [*read_runs(config.output_dir), row_of_run(metrics)])
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(results.iterdir())}
         write_json(results / "metrics.json", metrics | {"files": about.get("files", {}) | checksums})
@@ -2553,13 +2555,6 @@ def describe_run(config: Config, digits: Digits, model: keras.Model, evaluation:
         "versions": {"mnist_digit_recognizer": VERSION, "python": platform.python_version()} | packages,
         "peak_rss_mib": peak_rss_mib(),
     }
-
-
-def describe_times(started: float, seconds: dict[str, float]) -> dict[str, Any]:
-    """When a run started and finished, in UTC, and how long its stages took, in seconds."""
-    moments = {"started_at": started, "finished_at": time.time()}
-    dates = {name: time.strftime(UTC, time.gmtime(moment)) for name, moment in moments.items()}
-    return dates | {"timings_seconds": seconds | {"total": round(moments["finished_at"] - started, 3)}}
 
 
 def peak_rss_mib() -> int | None:
