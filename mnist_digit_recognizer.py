@@ -1164,8 +1164,7 @@ def read_csv(path: Path) -> np.ndarray:
     def rows_of(stream: TextIO) -> Iterator[str]:
         nonlocal row
         for index, line in enumerate(iter(lambda: stream.readline(MAX_CSV_LINE), "")):
-            numbers = sum(field.strip().isdigit() for field in line.split(",", 9)[:9])
-            if line.isspace() or (index == 0 and numbers < 5):  # a header, which has names in place of numbers
+            if line.isspace() or (index == 0 and is_header(line)):
                 continue
             row += 1
             if row > MAX_ROWS:
@@ -1191,6 +1190,11 @@ def read_csv(path: Path) -> np.ndarray:
             row = int(np.argmax(rows[:, 0] > 9))
             raise ValueError(f"row {row + 1}: the label is {rows[row, 0]}, not 0 to 9")
     return rows
+
+
+def is_header(line: str) -> bool:
+    """Whether a line of a CSV file has names in place of numbers: most of its first nine fields are none."""
+    return sum(field.strip().isdigit() for field in line.split(",")[:9]) < 5
 
 
 def check_digits(arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
