@@ -2064,9 +2064,9 @@ def read_runs(folder: Path) -> list[list[str]]:
     return runs
 
 
-def append_run(folder: Path, metrics: dict[str, Any]) -> None:
+def append_run(folder: Path, row: Sequence[str]) -> None:
     """Add one row to runs.csv, which is never rewritten. Raises Failure where that is impossible."""
-    path, row = folder / "runs.csv", row_of_run(metrics)
+    path = folder / "runs.csv"
     with blame(path, "the results themselves are in place"):
         if path.is_symlink():
             raise ValueError("is a symbolic link")
@@ -2377,14 +2377,15 @@ def run_job(config: Config) -> int:
         about |= {name: time.strftime(UTC, time.gmtime(moment)) for name, moment in moments.items()}
         about["timings_seconds"] = seconds | {"total": round(moments["finished_at"] - started, 3)}
         metrics = describe_run(config, digits, model, evaluation) | about
-        write_report(results, metrics, [*read_runs(config.output_dir), row_of_run(metrics)])
+        runs = [*read_runs(config.output_dir), row_of_run(metrics)]
+        write_report(results, metrics, runs)
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(results.iterdir())}
         write_json(results / "metrics.json", metrics | {"files": about.get("files", {}) | checksums})
     if job is train:
         remove(config.output_dir / CHECKPOINTS)
     log("\n" + "\n".join(f"{topic:<12} {text}" for topic, text in summarise(metrics)))
     say(metrics["summary"])
-    append_run(config.output_dir, metrics)
+    append_run(config.output_dir, runs[-1])
     return metrics["exit_code"]
 
 

@@ -1976,7 +1976,7 @@ def publish(mlp: Run, monkeypatch: Patch) -> Publish:
                 for name in [*sorted(TABLES - {"metrics.json", "runs.csv"}), *sorted(PICTURES)[:pictures]]:
                     (results / name).write_text(f"{content} {name}")
                 program.write_json(results / "metrics.json", {"content": content})
-            program.append_run(config.output_dir, mlp.metrics)
+            program.append_run(config.output_dir, program.row_of_run(mlp.metrics))
             return 0
 
         monkeypatch.setattr(program, "run_job", job)
