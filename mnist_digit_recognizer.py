@@ -1228,16 +1228,17 @@ MIN_STROKE = 2.3  # px of 28: thinner strokes are thickened to this, about the w
 MIN_CONTRAST = 0.12  # ink absorbs at least this share of the paper's light; with less, the sheet is blank
 ACCEPTED_SHARE = 0.995  # of the validation digits are above the rejection threshold
 USUAL_THRESHOLD = 4.5  # for a model without the metrics of its own run, where the rejection threshold is stored
+    shrunk = long_side / max(grey.size)
 
 
-def read_picture(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture's first frame, float32 (height, width) grey in [0, 1], upright, on white; its full size. Or Failure."""
+def read_picture(path: Path) -> tuple[np.ndarray, float]:
+    """A picture's first frame, float32 (height, width) grey in [0, 1], upright, on white; how far it was shrunk."""
     with blame(path, f"{', '.join(PICTURE_FORMATS)} files of up to {MAX_PIXELS // 10**6} megapixels can be read"):
         check_regular_file(path)
         with Image.open(path, formats=PICTURE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"has {image.width} x {image.height} pixels")
-            size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size
+            long_side = max(image.size)
             image.draft("L", (MAX_SIDE, MAX_SIDE))  # JPEG only: decodes at 1/2, 1/4 or 1/8 of the size, in grey
             image.load()
             deep = image.mode.startswith(("I", "F"))  # 16 or 32 bits; converting these to "L" would clip, not scale
@@ -1247,13 +1248,13 @@ def read_picture(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
         grey.thumbnail((MAX_SIDE, MAX_SIDE), reducing_gap=2.0)
         levels = np.asarray(ImageOps.exif_transpose(grey), np.float32)
     if grey.mode == "LA":  # on white
-        return 1 - (1 - levels[..., 0] / 255) * levels[..., 1] / 255, size
+        return 1 - (1 - levels[..., 0] / 255) * levels[..., 1] / 255, shrunk
     if not deep:
-        return levels / 255, size
+        return levels / 255, shrunk
     levels = np.nan_to_num(levels, posinf=0, neginf=0).clip(0)
     brightest = levels.max()  # a TIFF does not tell which value is white
     white = 65535 if image.mode.startswith("I;16") or brightest > 255 else 255 if brightest > 1 else 1
-    return levels / np.float32(max(white, brightest)), size
+    return levels / np.float32(max(white, brightest)), shrunk
 
 
 def scale(levels: np.ndarray, long_side: float) -> np.ndarray:
@@ -1749,16 +1750,15 @@ def is_word(number: Sequence[Digit]) -> bool:
 
 def look_at_numbers(path: Path) -> Seen:
     """All candidates for digits in a picture; the picture, uint8 grey, its full size, and its lines."""
-    grey, size = read_picture(path)
+    grey, shrunk = read_picture(path)
     lines = find_lines(grey)
     images = [candidate.image for ways, _ in lines for _, candidates in ways for candidate in candidates]
-    return np.reshape(images, (-1, 28, 28)).astype(np.uint8), (np.round(255 * grey).astype(np.uint8), size, lines)
+    return np.reshape(images, (-1, 28, 28)).astype(np.uint8), (np.round(255 * grey).astype(np.uint8), shrunk, lines)
 
 
 def tell_numbers(path: Path, seen: tuple, probabilities: np.ndarray, threshold: float) -> tuple[list, tuple]:
     """A row a number (path, line, number, confidence, left, top, width, height, digits); the picture and its marks."""
-    grey, size, lines = seen
-    enlarged = np.divide(size, grey.shape[::-1])
+    grey, shrunk, lines = seen
     rows, marks, index = [], [], 0
     readings = zip(probabilities, digit_scores(probabilities) - threshold, strict=True)
     for ways, place in lines:
@@ -1768,7 +1768,7 @@ def tell_numbers(path: Path, seen: tuple, probabilities: np.ndarray, threshold: 
             boxes = np.array([place(digit.box) for digit in number])
             corners = np.array([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
             text, sure = "".join(digit.text for digit in number), [digit.confidence for digit in number]
-            first, last = np.round(corners * enlarged).astype(int)
+            first, last = np.round(corners * shrunk).astype(int)
             digits = " ".join(f"{each:.4f}" for each in sure)
             where = map(str, [*first, *(last - first)])
             rows.append([printable(path), str(index), text, f"{math.prod(sure):.4f}", *where, digits])

@@ -1828,14 +1828,18 @@ def test_digits_that_touch_are_cut_apart(read: Callable[..., tuple[int, str, str
     assert numbers_of(read(save_pictures(tmp_path / "pictures", pictures))[1]) == [(1, number) for number in numbers]
 
 
-def test_the_place_and_confidence_of_numbers(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ending", "options"), [("jpg", {}), ("tif", {"compression": "tiff_lzw"})])
+def test_the_place_and_confidence_of_numbers(
+    ending: str, options: dict[str, str], read: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     """In pixels of the picture as it is seen, also where it was shrunk, or lies on its side."""
     ink = np.kron(write("27", "950 3"), np.ones((4, 4)))
     upright = Image.fromarray((255 * (1 - ink)).astype(np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif)
-    assert numbers_of(read(tmp_path / "a.jpg")[1]) == [(1, "27"), (2, "950"), (2, "3")]
+    picture = tmp_path / f"a.{ending}"
+    upright.transpose(Image.Transpose.ROTATE_90).save(picture, exif=exif, **options)
+    assert numbers_of(read(picture)[1]) == [(1, "27"), (2, "950"), (2, "3")]
     rows = read_rows(tmp_path / "out" / "numbers.csv")
     assert list(rows[0]) == "path line number confidence left top width height digits".split()
     kept = np.zeros_like(ink)
