@@ -432,13 +432,10 @@ def add_test_time_augmentation(model: keras.Model) -> keras.Model:
     return keras.Model(inputs, keras.layers.Softmax()(keras.layers.Average()(logits)), name=model.name)
 
 
-def divide_logits(model: keras.Model, temperature: float) -> None:
-    """Fold a temperature into the weights of the layer, or of each member's layer, that gives the logits."""
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            divide_logits(layer, temperature)
-        elif layer.name == "logits":
-            layer.set_weights([weights / temperature for weights in layer.get_weights()])
+def networks_of(model: keras.Model) -> list[keras.Model]:
+    """The networks that are joined in a model, each up to its logits or its softmax; else the model itself."""
+    inner = [layer for layer in model.layers if isinstance(layer, keras.Model)]
+    return [network for layer in inner for network in networks_of(layer)] or [model]
 
 
 def build_ensemble(members: Sequence[keras.Model]) -> keras.Model:
@@ -697,7 +694,9 @@ def calibrate(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> tup
     """Fit a temperature on held-out images, fold it into the weights, and return it with the calibrated evaluation."""
     raw = Evaluation(labels, predict_probabilities(model, images))
     temperature = fit_temperature(raw)
-    divide_logits(model, temperature)
+    for network in networks_of(model):
+        logits = network.get_layer("logits")
+        logits.set_weights([weights / temperature for weights in logits.get_weights()])
     return temperature, apply_temperature(raw, temperature)
 
 
@@ -2115,25 +2114,15 @@ BLOCKS = {  # of the cnn: what the answers of a block's filters show, and how ma
 }
 
 
-def networks_of(model: keras.Model) -> list[keras.Model]:
-    """The networks that make up a model of this program: of an ensemble, one a member. Of other models none."""
-
-    def leaves(part: keras.Model) -> list[keras.Model]:
-        inner = [layer for layer in part.layers if isinstance(layer, keras.Model)]
-        return [leaf for layer in inner for leaf in leaves(layer)] or [part]
-
-    known = [[weight.shape for weight in build_model(name, 0.0, 0).weights] for name in ("cnn", "mlp")]
-    networks = leaves(model)
-    own = all([weight.shape for weight in network.weights] in known for network in networks)
-    return networks if own and sum(network.count_params() for network in networks) == model.count_params() else []
+def is_own(model: keras.Model) -> bool:
+    """Whether a model is made of networks as `build_model` makes them, and of nothing else that is trained."""
+    own = [[weight.shape for weight in build_model(name, 0.0, 0).weights] for name in ("cnn", "mlp")]
+    return [weight.shape for weight in model.weights] in [shapes * len(networks_of(model)) for shapes in own]
 
 
 def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluation: Evaluation) -> None:
     """Plot what the first network of a model of this program looks at, and a map of some of the test images."""
-    networks = networks_of(model)
-    if not networks:
-        return
-    network = networks[0]
+    network = networks_of(model)[0]
     blocks = [layer.output for layer in network.layers if isinstance(layer, keras.layers.ReLU)][:-1]
     inside = keras.Model(network.inputs, [*network.outputs, *blocks, network.get_layer("logits").input])
     some = np.union1d(np.arange(0, len(evaluation.labels), 5), np.flatnonzero(~evaluation.correct)[:100])
@@ -2196,10 +2185,8 @@ def draw_map(axes: matplotlib.axes.Axes, hidden: np.ndarray, evaluation: Evaluat
 
 def convert_to_tflite(model: keras.Model, images: np.ndarray) -> bytes:
     """A model, one look, with 8-bit integers inside: float32 (1, 28, 28, 1) -> (1, 10). Calibrated on uint8 images."""
-    if networks := networks_of(model):
-        inputs = keras.Input((28, 28, 1))
-        logits = [narrow(network, images)(inputs) for network in networks]
-        model = keras.Model(inputs, keras.layers.Softmax()(keras.layers.Average()(logits)))
+    if is_own(model):
+        model = build_ensemble([narrow(network, images) for network in networks_of(model)])
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = examples = lambda: ([image[np.newaxis]] for image in normalise(images))
@@ -2212,7 +2199,7 @@ def convert_to_tflite(model: keras.Model, images: np.ndarray) -> bytes:
 
 
 def narrow(network: keras.Model, images: np.ndarray) -> keras.Model:
-    """A network up to its logits, its widest layer replaced by two that keep what varies most over images (PCA)."""
+    """A network whose widest layer is replaced by two that keep what varies most over images (PCA)."""
     x = inputs = keras.Input((28, 28, 1))
     for layer in network.layers:
         if isinstance(layer, keras.layers.Dense) and layer.units > RANK:
@@ -2224,7 +2211,7 @@ def narrow(network: keras.Model, images: np.ndarray) -> keras.Model:
             up.set_weights([vectors.T, mean - mean @ vectors @ vectors.T])
         elif not isinstance(layer, (keras.layers.InputLayer, keras.layers.Softmax)):
             x = layer(x)
-    return keras.Model(inputs, x)
+    return keras.Model(inputs, keras.layers.Softmax()(x))
 
 
 def measure_tflite(content: bytes, digits: Digits) -> dict[str, float]:
@@ -2366,7 +2353,7 @@ def run_job(config: Config) -> int:
             evaluation = Evaluation(digits.test_labels, predict_probabilities(model, digits.test_images))
         with timed(seconds, "plots"):
             write_evaluation(results, digits, evaluation, config)
-            if config.plots:
+            if config.plots and is_own(model):
                 write_feature_maps(results / "feature_maps.png", model, digits, evaluation)
         if config.tflite:
             with timed(seconds, "tflite"), blame("--tflite", "leave it out; --resume completes a training run"):

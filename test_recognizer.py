@@ -1096,7 +1096,7 @@ def test_temperature_is_that_of_confidence() -> None:
 def test_calibration_helps_and_changes_no_prediction(arrays: Arrays) -> None:
     model, images, labels = program.build_model("cnn", 0, seed=3), arrays["x_test"], arrays["y_test"]
     before = program.Evaluation(labels, program.predict_probabilities(model, images))
-    program.divide_logits(model, program.fit_temperature(before))
+    program.calibrate(model, images, labels)
     after = program.Evaluation(labels, program.predict_probabilities(model, images))
     assert program.cross_entropy(after) <= program.cross_entropy(before) + 1e-4
     assert np.mean(after.predictions == before.predictions) > 0.99
