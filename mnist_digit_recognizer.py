@@ -96,6 +96,8 @@ class Failure(Exception):
 # Configuration: flags -> settings. Every check that needs no data is made here, before TensorFlow loads.
 Config = argparse.Namespace  # the flags of a run, as `build_parser` lists them, and its job
 Log = Callable[[str], None]  # takes a line for the user
+SOURCES = "mnist; synthetic; an .npz file with x_train, y_train, x_test, y_test; a .csv file of labels and pixels; "
+SOURCES += "a folder with train.csv or the four IDX files"
 RANGES = "rotation shift zoom shear elastic flip".split()
 # The flags that decide which weights a run ends with; a run may be resumed only with the same ones.
 WEIGHT_FLAGS = RANGES + "augment train_limit validation_split model epochs batch_size learning_rate".split()
@@ -133,9 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument(flag, help=text if default is None else f"{text} (default: {default})", **options)
 
     group = parser.add_argument_group("data")
-    sources = "mnist; synthetic; an .npz file with x_train, y_train, x_test, y_test; a .csv file of labels and pixels; "
-    sources += "a folder with train.csv or the four IDX files"
-    add("--data", f"auto: mnist, or synthetic where that is unavailable; {sources}", default="auto", metavar="SOURCE")
+    text = f"auto: mnist, or synthetic where that is unavailable; {SOURCES}"
+    add("--data", text, default="auto", metavar="SOURCE")
     add("--train-limit", "use only the first N training images (default: all)", type=number(int, 2), metavar="N")
     add("--validation-split", "held out for validation", type=number(float, 1e-5, 0.99999), default=0.1, metavar="F")
 
@@ -1091,9 +1092,7 @@ def download_mnist(cache: Path) -> list[np.ndarray]:
 
 def read_npz(path: Path) -> list[np.ndarray]:
     """The four arrays of an .npz file, checked; nothing in it is ever unpickled. Raises Failure."""
-    with blame(
-        path, f"--data takes auto, mnist, synthetic, a folder, a .csv or an .npz file with {', '.join(NPZ_KEYS)}"
-    ):
+    with blame(path, f"--data takes auto; {SOURCES}"):
         check_regular_file(path)
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as content:
             if any(archive.getinfo(f"{key}.npy").file_size > MAX_BYTES for key in NPZ_KEYS):
@@ -1110,8 +1109,7 @@ def read_idx_folder(folder: Path) -> list[np.ndarray]:
         found = [folder / f"{spelling}{zipped}" for spelling in spellings for zipped in ("", ".gz")]
         found = [path for path in found if os.path.isfile(path)]
         if not found:
-            advice = "--data takes a folder with train.csv, or with the four IDX files of MNIST"
-            raise Failure(f"{folder}: has no {spellings[0]} (or .gz); {advice}")
+            raise Failure(f"{folder}: has no {spellings[0]} (or .gz); --data takes auto; {SOURCES}")
         paths.append(found[0])
     return check_digits([read_idx(path) for path in paths], [str(path) for path in paths])
 
@@ -1163,7 +1161,8 @@ def read_csv(path: Path) -> np.ndarray:
     def rows_of(stream: TextIO) -> Iterator[str]:
         nonlocal row
         for index, line in enumerate(iter(lambda: stream.readline(MAX_CSV_LINE), "")):
-            if line.isspace() or (index == 0 and is_header(line)):
+            numbers = sum(field.strip().isdigit() for field in line.split(",", 9)[:9])
+            if line.isspace() or (index == 0 and numbers < 5):  # names: a header
                 continue
             row += 1
             if row > MAX_ROWS:
@@ -1174,8 +1173,6 @@ def read_csv(path: Path) -> np.ndarray:
 
     with blame(path, "each row is a label and 784 pixels, or 784 pixels: whole numbers to 255, separated by commas"):
         check_regular_file(path)
-        if path.stat().st_size > 4 * MAX_BYTES:
-            raise ValueError(f"has more than {4 * MAX_BYTES:,} bytes")
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as stream:
             try:
@@ -1189,11 +1186,6 @@ def read_csv(path: Path) -> np.ndarray:
             row = int(np.argmax(rows[:, 0] > 9))
             raise ValueError(f"row {row + 1}: the label is {rows[row, 0]}, not 0 to 9")
     return rows
-
-
-def is_header(line: str) -> bool:
-    """Whether a line of a CSV file has names in place of numbers: most of its first nine fields are none."""
-    return sum(field.strip().isdigit() for field in line.split(",")[:9]) < 5
 
 
 def check_digits(arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
