@@ -227,7 +227,7 @@ class Digits(NamedTuple):
 
     @property
     def title(self) -> str:
-        return {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}.get(self.name, self.name)
+        return {"mnist": "MNIST", "synthetic": "SYNTHETIC digits (not MNIST)"}.get(self.name, f'"{self.name}"')
 
 
 def load_digits(source: str) -> Digits:
