@@ -383,15 +383,10 @@ def distort(images: tf.Tensor, pixels: float, seed: tf.Tensor) -> tf.Tensor:
 
 def augment_keras(config: Config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """The same affine ranges through Keras' `ImageDataGenerator`, an image at a time, as (images, seed) -> images."""
-    generator = tf.keras.preprocessing.image.ImageDataGenerator(
-        rotation_range=config.rotation,
-        width_shift_range=config.shift,
-        height_shift_range=config.shift,
-        zoom_range=config.zoom,
-        shear_range=math.degrees(math.atan(config.shear)),
-        horizontal_flip=config.flip,
-        fill_mode="constant",
-    )
+    ranges = {"rotation_range": config.rotation, "zoom_range": config.zoom, "horizontal_flip": config.flip}
+    ranges |= {"width_shift_range": config.shift, "height_shift_range": config.shift}
+    ranges["shear_range"] = math.degrees(math.atan(config.shear))
+    generator = tf.keras.preprocessing.image.ImageDataGenerator(fill_mode="constant", **ranges)
 
     def transform(images: np.ndarray, seed: np.ndarray) -> np.ndarray:
         seeds = np.random.default_rng(seed.view(np.uint32)).integers(2**32, size=len(images))
@@ -442,9 +437,7 @@ def networks_of(model: keras.Model) -> list[keras.Model]:
 def build_ensemble(members: Sequence[keras.Model]) -> keras.Model:
     """The mean of the members' logits, through one softmax: the normalised geometric mean of their probabilities."""
     inputs = keras.Input((28, 28, 1))
-    logits = []
-    for index, member in enumerate(members, start=1):
-        logits.append(keras.Model(member.inputs, member.layers[-1].input, name=f"member_{index}")(inputs))
+    logits = [keras.Model(m.inputs, m.layers[-1].input, name=f"member_{n}")(inputs) for n, m in enumerate(members, 1)]
     return keras.Model(inputs, keras.layers.Softmax()(keras.layers.Average()(logits)), name="ensemble")
 
 
@@ -890,10 +883,8 @@ def plot_numbers(path: Path, pictures: Sequence[tuple[str, np.ndarray, list]]) -
     down = max(math.ceil(len(pictures) / 3), 1)
     subtitle = "A box at each number, and above it how it was read. Red: a doubtful digit."
     with new_figure(path, 12, 3.2 * down + 1.0, "The numbers in your pictures", subtitle) as figure:
-        places = figure.subplots(down, 3).ravel()
-        for axes in places:
-            axes.set_axis_off()
-        for axes, (name, image, marks) in zip(places, pictures, strict=False):
+        for index, (name, image, marks) in enumerate(pictures, start=1):
+            axes = figure.add_subplot(down, 3, index)
             show_image(axes, image, name)
             for text, ((left, top), (right, bottom)), doubtful in marks:
                 axes.text(left, top, text, fontsize=10, fontweight="bold", color=BLUE, va="bottom")
@@ -1219,7 +1210,6 @@ MIN_STROKE = 2.3  # px of 28: thinner strokes are thickened to this, about the w
 MIN_CONTRAST = 0.12  # ink absorbs at least this share of the paper's light; with less, the sheet is blank
 ACCEPTED_SHARE = 0.995  # of the validation digits are above the rejection threshold
 USUAL_THRESHOLD = 4.5  # for a model without the metrics of its own run, where the rejection threshold is stored
-    shrunk = long_side / max(grey.size)
 
 
 def read_picture(path: Path) -> tuple[np.ndarray, float]:
@@ -1238,6 +1228,7 @@ def read_picture(path: Path) -> tuple[np.ndarray, float]:
             grey = image.convert("F" if deep else "LA" if image.has_transparency_data else "L")
         grey.thumbnail((MAX_SIDE, MAX_SIDE), reducing_gap=2.0)
         levels = np.asarray(ImageOps.exif_transpose(grey), np.float32)
+    shrunk = long_side / max(grey.size)
     if grey.mode == "LA":  # on white
         return 1 - (1 - levels[..., 0] / 255) * levels[..., 1] / 255, shrunk
     if not deep:
@@ -1492,7 +1483,6 @@ LINE_HEIGHT = 60  # px, to which the digits of a line are scaled before they are
 CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and to either side of which a cut looks for less ink
 CUT_SLANTS = 0.0, 0.3, 0.6  # px to the right for one px up; a line is cut with each of them, and the best reading taken
 MAX_CUT_MARKS = 60  # in a picture; more of them are handwriting, where cuts find no number but take minutes
-MAX_READ_PICTURES = 12  # in numbers.png
 NUMBER_COLUMNS = "path line number confidence left top width height digits".split()
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -1518,12 +1508,8 @@ class Digit(NamedTuple):
     score: float = 0.0  # above the rejection threshold
 
 
-# A line cut in several ways, each as `join_pieces` returns it; what takes boxes in the line to boxes in the picture.
-Line = tuple[list[tuple[list[float], list[Digit]]], Callable[[Box], Box]]
-
-
-def find_lines(grey: np.ndarray) -> list[Line]:
-    """Find what may be lines of digits in a picture, float32 (height, width), from top to bottom."""
+def find_lines(grey: np.ndarray) -> list[tuple[list, Callable[[Box], Box]]]:
+    """Lines of marks in a picture, float32 (height, width), from top to bottom, and where boxes in them lie in it."""
     sheet, left, top = crop_to_sheet(grey)
     ink = segment_ink(sheet, several=True)
     angle = find_tilt(ink)
@@ -1768,11 +1754,10 @@ def tell_numbers(path: Path, seen: tuple, probabilities: np.ndarray, threshold: 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Results: output and errors, signals, and the output folder: its lock, results that appear together, checkpoints, saved
-# models, tables. Runs without anybody watching depend on these.
+# Results: messages, signals, and the output folder: its lock, results that appear together, checkpoints, models, tables
 STAGING, READY, CHECKPOINTS = ".staging", ".ready", ".checkpoint"  # hidden folders in the output folder
 REPLACED = "replaced"  # in READY: the names of earlier files that have no successor there
-CAPTIONS = {  # of the pictures, also in the README; the last four belong to the training
+CAPTIONS = {  # of the pictures, also in the README
     "confusion_matrix.png": "which digit is taken for which",
     "misclassified.png": "the mistakes, the most confident first",
     "calibration.png": 'whether "80% sure" is right in 80% of the cases',
@@ -1783,9 +1768,9 @@ CAPTIONS = {  # of the pictures, also in the README; the last four belong to the
     "pixels.png": "an image as numbers; grey has one channel, colour three",
     "augmentation.png": "the images that the network trains on in place of the original ones",
 }
-MEASURED = ["metrics.json", "predictions.csv", "report.html", *list(CAPTIONS)[:-4]]
 EXTERNAL, NUMBERS = "external_predictions.csv external_predictions.png".split(), "numbers.csv numbers.png".split()
-TRAINED = ["model.keras", "model.tflite", "history.csv", *list(CAPTIONS)[-4:]]
+TRAINED = "model.keras model.tflite history.csv training_curves.png samples.png pixels.png augmentation.png".split()
+MEASURED = ["metrics.json", "predictions.csv", "report.html", *(name for name in CAPTIONS if name not in TRAINED)]
 SUBMISSION = ["submission.csv"]
 RESULTS = TRAINED + MEASURED + EXTERNAL + NUMBERS + SUBMISSION
 RUN_COLUMNS = "finished_at seed data test_accuracy test_loss seconds exit_code".split()
@@ -2084,7 +2069,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reports: a measured model -> what its layers look at; a model for phones; a page for the next morning
-MAX_LISTED_RUNS = 20  # in report.html
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
@@ -2128,9 +2112,9 @@ def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluatio
 
 
 def plot_feature_maps(
-    path: Path, image: np.ndarray, filters: np.ndarray, blocks: Sequence[np.ndarray], hidden: np.ndarray, of: Evaluation
+    path: Path, image: np.ndarray, filters: np.ndarray, blocks: list[np.ndarray], hidden: np.ndarray, part: Evaluation
 ) -> None:
-    """Filters of a layer, (n, side, side); what blocks answer to an image; the map of a hidden layer, (m, units)."""
+    """Filters, (n, side, side); what blocks answer to an image; a hidden layer's map of test images, (m, units)."""
     side, rows = filters.shape[1], dict(zip(BLOCKS, blocks, strict=False))
     first = f"{len(filters)} filters of {side} x {side} pixels: ink on white raises the answer, on black it lowers it."
     last = "Test images, where the last hidden layer puts them (PCA, two dimensions). Red circles: mistakes."
@@ -2147,7 +2131,7 @@ def plot_feature_maps(
         for row, answers in rows.items():
             show_image(axes[row], np.tile(image, (2, 12, 1, 1)))
             draw_answers(axes[row], answers, BLOCKS[row])
-        draw_map(axes[last], hidden, of)
+        draw_map(axes[last], hidden, part)
         for row in (first, *rows, last):
             axes[row].set_title(row, fontsize=11)
 
@@ -2246,12 +2230,11 @@ def write_report(folder: Path, metrics: dict[str, Any], runs: Sequence[Sequence[
         plot_runs(picture, *zip(*alike, strict=True), flags["min_accuracy"])
         parts += [html_picture(picture, "runs", "the runs in this folder on the same data; red: --min-accuracy")]
         parts += [html_picture(folder / name, name, CAPTIONS[name]) for name in CAPTIONS if (folder / name).exists()]
-    changed = [(name, value) for name, value in flags.items() if value != usual[name]]
     measures = list(metrics["per_digit"][0])
     tables = {
         "Each digit": [measures, *([f"{row[each]:.4g}" for each in measures] for row in metrics["per_digit"])],
-        "Runs in this folder, the last one first": [RUN_COLUMNS, *runs[: -MAX_LISTED_RUNS - 1 : -1]],
-        "Settings": [("not the default", "value"), *changed],
+        "The last 20 runs in this folder": [RUN_COLUMNS, *runs[::-1][:20]],
+        "Settings": [("not the default", "value"), *(pair for pair in flags.items() if pair not in usual.items())],
         "Versions": [("package", "version"), *metrics["versions"].items()],
     }
     parts += [f"<h2>{heading}</h2>{html_table(rows)}" for heading, rows in tables.items()]
@@ -2295,11 +2278,10 @@ def html_picture(file: Path | io.BytesIO, name: str, caption: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Main: the jobs. Training, --combine and --evaluate go the same way and differ in one step: where the model comes from.
 Made = tuple[Any, Split | None, dict[str, Any]]  # by a job: a keras.Model, what to calibrate it on, what to say of it
-# How --predict and --read look at pictures and tell what they show, which files they write, the columns of the table,
-# those of them that are printed, and how pictures are plotted, and how many.
+# How --predict and --read look at a picture and tell what it shows; files; columns; those printed; plot; most pictures.
 RECOGNISERS = {
     "predict": (look_at_digit, tell_digit, EXTERNAL, DIGIT_COLUMNS, "0124", plot_cards, MAX_CARDS),
-    "read": (look_at_numbers, tell_numbers, NUMBERS, NUMBER_COLUMNS, "0123", plot_numbers, MAX_READ_PICTURES),
+    "read": (look_at_numbers, tell_numbers, NUMBERS, NUMBER_COLUMNS, "0123", plot_numbers, 12),
 }
 
 
@@ -2543,11 +2525,10 @@ def describe_run(config: Config, digits: Digits, model: keras.Model, evaluation:
 
 def peak_rss_mib() -> int | None:
     """The most memory that this process has held, in MiB, which macOS counts in bytes; None where none is counted."""
-    try:
+    with contextlib.suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
