@@ -1577,8 +1577,7 @@ def sort_marks(ink: np.ndarray) -> list[tuple[list[Piece], float]]:
     order = order[np.argsort(height[order])]
     if not len(order):
         return []
-    middle = np.searchsorted(np.cumsum(mass[order]), mass[order].sum() / 2)
-    usual = height[order][middle]  # half of the ink is in higher marks
+    usual = height[order][np.searchsorted(np.cumsum(mass[order]), mass[order].sum() / 2)]  # half of the ink is higher
     order = order[(height[order] < 1.5 * usual) | (width[order] > 0.2 * height[order])]  # not the sides of a box
     high = height[order] > 0.45 * usual
     small = order[~high & (np.maximum(height, width)[order] > 0.12 * usual)]
@@ -1636,8 +1635,7 @@ def cut_mark(mark: Piece, thin: np.ndarray, slant: float | None) -> list[Piece]:
 
 def find_cuts(ink: np.ndarray, slant: float) -> np.ndarray:
     """Paths along little ink from the top to the bottom of a mark: columns, int (cuts, height)."""
-    y, x = np.nonzero(ink > 0.5)
-    height = len(ink)
+    (y, x), height = np.nonzero(ink > 0.5), len(ink)
     upright = x + slant * (y - height / 2)
     starts = np.arange(upright.min() + CUT_STEP, upright.max(), CUT_STEP)
     reach = np.arange(-CUT_REACH, CUT_REACH + 1)
@@ -1709,19 +1707,18 @@ def doubt(digit: Digit, one: bool) -> float:
 
 
 def split_numbers(digits: Sequence[Digit]) -> list[list[Digit]]:
-    """Begin a new number where the gap is wider than usual; leave out what is rather a word."""
+    """Begin a new number, or a word, where the gap is wider than usual."""
     gaps = [max(0, right.box[0] - left.box[2]) for left, right in itertools.pairwise(digits)]
     widest = 0.45 * LINE_HEIGHT + 1.5 * sorted(gaps)[(len(gaps) - 1) // 2] if gaps else 0
     starts = [0, *(index for index, gap in enumerate(gaps, start=1) if gap > widest), len(digits)]
-    numbers = [list(digits[start:stop]) for start, stop in itertools.pairwise(starts)]
-    return [number for number in numbers if number and not is_word(number)]
+    return [list(digits[start:stop]) for start, stop in itertools.pairwise(starts) if start < stop]
 
 
-def is_word(number: Sequence[Digit]) -> bool:
+def is_word(number: Sequence[Digit], among_numbers: bool = False) -> bool:
     """Whether these are rather letters: few pass for digits, and those barely, or as strokes of a mark cut apart."""
     unread = sum(digit.text == "?" for digit in number)
     strokes = sum(digit.cut and digit.text in ("1" if len(number) < 4 else "17") for digit in number)
-    enough = 1.0 if len(number) == 1 else 2.5
+    enough = 0.0 if among_numbers else 1.0 if len(number) == 1 else 2.5
     return 3 * unread > len(number) or 2 * strokes > len(number) or np.mean([d.score for d in number]) < enough
 
 
@@ -1736,10 +1733,13 @@ def look_at_numbers(path: Path) -> Seen:
 def tell_numbers(path: Path, seen: tuple, probabilities: np.ndarray, threshold: float) -> tuple[list, tuple]:
     """A row a number (path, line, number, confidence, left, top, width, height, digits); the picture and its marks."""
     grey, shrunk, lines = seen
-    rows, marks, index = [], [], 0
     readings = zip(probabilities, digit_scores(probabilities) - threshold, strict=True)
-    for ways, place in lines:
-        numbers = split_numbers(read_line(ways, readings))
+    found = [(split_numbers(read_line(ways, readings)), place) for ways, place in lines]
+    words = [is_word(number) for numbers, _ in found for number in numbers if len(number) > 1]
+    among_numbers = len(words) > 2 and np.mean(words) <= 0.25  # then what is barely a number is hardly a word
+    rows, marks, index = [], [], 0
+    for numbers, place in found:
+        numbers = [number for number in numbers if not is_word(number, among_numbers)]
         index += bool(numbers)  # lines without a number do not count
         for number in numbers:
             boxes = np.array([place(digit.box) for digit in number])

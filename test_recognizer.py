@@ -1857,6 +1857,23 @@ def test_the_place_and_confidence_of_numbers(
     assert_pictures(tmp_path / "out")
 
 
+def test_a_doubtful_number_is_one_among_others(
+    mlp: Run, read: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Alone, two marks that barely pass for digits are taken for a word."""
+    ratio = math.exp((mlp.metrics["rejection_threshold"] + 1) / 0.9)
+    doubtful = np.where(np.arange(10) == 5, ratio, 1) / (ratio + 9)
+
+    def doubt_fives(model: object, images: np.ndarray) -> np.ndarray:
+        sure = look_alike(model, images)
+        return np.where(sure[:, 5:6] > 0.5, doubtful, sure)
+
+    monkeypatch.setattr(program, "predict_probabilities", doubt_fives)
+    pictures = [(255 * (1 - ink)).astype(np.uint8) for ink in (write("55"), write("72 380", "1926 55"))]
+    found = numbers_of(read(save_pictures(tmp_path / "pictures", pictures))[1])
+    assert found == [(0, ""), (1, "72"), (1, "380"), (2, "1926"), (2, "55")]
+
+
 def test_pictures_without_a_number(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     """A path and three empty fields; files that cannot be read stop nothing."""
     rng, folder = np.random.default_rng(2), tmp_path / "pictures"
