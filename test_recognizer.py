@@ -2299,7 +2299,10 @@ def test_resume_under_other_flags_or_on_other_data_is_refused(
         assert tree(again) == before
 
 
-@pytest.mark.parametrize("damage", ["cut", pytest.param("other network", marks=pytest.mark.slow), "no flags"])
+SLOW_DAMAGES = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("other network", "no flags")]
+
+
+@pytest.mark.parametrize("damage", ["cut", *SLOW_DAMAGES])
 def test_damaged_checkpoint_costs_its_epochs_only(damage: str, stopped: Path, again: Path, train: Train) -> None:
     path = again / STAGES["training"]
     if damage == "cut":
