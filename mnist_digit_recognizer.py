@@ -429,9 +429,10 @@ def add_test_time_augmentation(model: keras.Model) -> keras.Model:
 
 
 def networks_of(model: keras.Model) -> list[keras.Model]:
-    """The networks that are joined in a model, each up to its logits or its softmax; else the model itself."""
-    inner = [layer for layer in model.layers if isinstance(layer, keras.Model)]
-    return [network for layer in inner for network in networks_of(layer)] or [model]
+    """The networks that are joined in a model: each has a layer of its own for the logits."""
+    if any(layer.name == "logits" for layer in model.layers):
+        return [model]
+    return [network for layer in model.layers if isinstance(layer, keras.Model) for network in networks_of(layer)]
 
 
 def build_ensemble(members: Sequence[keras.Model]) -> keras.Model:
@@ -2093,7 +2094,7 @@ BLOCKS = {  # of the cnn: what the answers of a block's filters show, and how ma
 def is_own(model: keras.Model) -> bool:
     """Whether a model is made of networks as `build_model` makes them, and of nothing else that is trained."""
     own = [[weight.shape for weight in build_model(name, 0.0, 0).weights] for name in ("cnn", "mlp")]
-    return [weight.shape for weight in model.weights] in [shapes * len(networks_of(model)) for shapes in own]
+    return [weight.shape for weight in model.weights] in [shapes * (len(networks_of(model)) or 1) for shapes in own]
 
 
 def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluation: Evaluation) -> None:
@@ -2382,7 +2383,7 @@ def combine(config: Config, digits: Digits, results: Path, seconds: dict[str, fl
     members = []
     for folder in config.combine:
         members.append(load_model(folder / "model.keras"))
-        if not isinstance(members[-1].layers[-1], keras.layers.Softmax) or '"logits"' not in members[-1].to_json():
+        if not isinstance(members[-1].layers[-1], keras.layers.Softmax) or not networks_of(members[-1]):
             raise Failure(f"--combine {folder}: its model was not made by this program")
         trained_on = metrics_of_model(folder / "model.keras")
         if trained_on and trained_on["dataset"]["sha256"] != digits.sha256:

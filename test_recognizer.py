@@ -728,6 +728,9 @@ def test_other_models_of_keras_can_be_used(tiny: Path, arrays: Arrays, tmp_path:
     code, out, err = call("--predict", picture, *flags, "--no-plots")
     assert (code, len(predictions_of(out))) == (0, 1)
     assert "threshold" in only_line(err)
+    (tmp_path / "theirs.keras").rename(tmp_path / "model.keras")
+    flags = "--data", tiny, "--no-plots", "--output-dir", tmp_path / "joined"
+    assert call("--combine", tmp_path, tmp_path, *flags)[0] == 0
 
 
 UNREADABLE = {
