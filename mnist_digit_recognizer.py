@@ -1153,8 +1153,8 @@ def read_csv(path: Path) -> np.ndarray:
     def rows_of(stream: TextIO) -> Iterator[str]:
         nonlocal row
         for index, line in enumerate(iter(lambda: stream.readline(MAX_CSV_LINE), "")):
-            numbers = sum(field.strip().isdigit() for field in line.split(",", 9)[:9])
-            if line.isspace() or (index == 0 and numbers < 5):  # names: a header
+            is_header = index == 0 and sum(field.strip().isdigit() for field in line.split(",")[:9]) < 5  # names
+            if line.isspace() or is_header:
                 continue
             row += 1
             if row > MAX_ROWS:
@@ -1163,6 +1163,8 @@ def read_csv(path: Path) -> np.ndarray:
                 raise ValueError(f"it has {line.count(',') + 1} numbers")
             yield line
 
+        if path.stat().st_size > 4 * MAX_BYTES:
+            raise ValueError(f"has more than {4 * MAX_BYTES:,} bytes")
     with blame(path, "each row is a label and 784 pixels, or 784 pixels: whole numbers to 255, separated by commas"):
         check_regular_file(path)
         opened = gzip.open if path.suffix.lower() == ".gz" else open
