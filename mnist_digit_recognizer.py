@@ -135,8 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument(flag, help=text if default is None else f"{text} (default: {default})", **options)
 
     group = parser.add_argument_group("data")
-    text = f"auto: mnist, or synthetic where that is unavailable; {SOURCES}"
-    add("--data", text, default="auto", metavar="SOURCE")
+    add("--data", f"auto: mnist, or synthetic where that is unavailable; {SOURCES}", default="auto", metavar="SOURCE")
     add("--train-limit", "use only the first N training images (default: all)", type=number(int, 2), metavar="N")
     add("--validation-split", "held out for validation", type=number(float, 1e-5, 0.99999), default=0.1, metavar="F")
 
@@ -1098,8 +1097,7 @@ def read_idx_folder(folder: Path) -> list[np.ndarray]:
     paths = []
     for name in IDX_NAMES:
         spellings = f"{name}-ubyte", f"{name.replace('-idx', '.idx')}-ubyte"
-        found = [folder / f"{spelling}{zipped}" for spelling in spellings for zipped in ("", ".gz")]
-        found = [path for path in found if os.path.isfile(path)]
+        found = list(filter(os.path.isfile, (folder / f"{each}{end}" for each in spellings for end in ("", ".gz"))))
         if not found:
             raise Failure(f"{folder}: has no {spellings[0]} (or .gz); --data takes auto; {SOURCES}")
         paths.append(found[0])
@@ -1163,10 +1161,10 @@ def read_csv(path: Path) -> np.ndarray:
                 raise ValueError(f"it has {line.count(',') + 1} numbers")
             yield line
 
-        if path.stat().st_size > 4 * MAX_BYTES:
-            raise ValueError(f"has more than {4 * MAX_BYTES:,} bytes")
     with blame(path, "each row is a label and 784 pixels, or 784 pixels: whole numbers to 255, separated by commas"):
         check_regular_file(path)
+        if path.stat().st_size > 4 * MAX_BYTES:
+            raise ValueError(f"has more than {4 * MAX_BYTES:,} bytes")
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as stream:
             try:
@@ -1216,7 +1214,7 @@ USUAL_THRESHOLD = 4.5  # for a model without the metrics of its own run, where t
 
 
 def read_picture(path: Path) -> tuple[np.ndarray, float]:
-    """A picture's first frame, float32 (height, width) grey in [0, 1], upright, on white; how far it was shrunk."""
+    """A picture's first frame, float32 (height, width) grey in [0, 1], upright, on white; its reduction. Or Failure."""
     with blame(path, f"{', '.join(PICTURE_FORMATS)} files of up to {MAX_PIXELS // 10**6} megapixels can be read"):
         check_regular_file(path)
         with Image.open(path, formats=PICTURE_FORMATS) as image:
@@ -1726,7 +1724,7 @@ def is_word(number: Sequence[Digit], among_numbers: bool = False) -> bool:
 
 
 def look_at_numbers(path: Path) -> Seen:
-    """All candidates for digits in a picture; the picture, uint8 grey, its full size, and its lines."""
+    """All candidates for digits in a picture; the picture, uint8 grey, how far it was shrunk, its lines."""
     grey, shrunk = read_picture(path)
     lines = find_lines(grey)
     images = [candidate.image for ways, _ in lines for _, candidates in ways for candidate in candidates]
@@ -2105,13 +2103,12 @@ def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluatio
     blocks = [layer.output for layer in network.layers if isinstance(layer, keras.layers.ReLU)][:-1]
     inside = keras.Model(network.inputs, [*network.outputs, *blocks, network.get_layer("logits").input])
     some = np.union1d(np.arange(0, len(evaluation.labels), 5), np.flatnonzero(~evaluation.correct)[:100])
-    image = digits.test_images[np.argmax(evaluation.labels == 2)]
-    images = np.stack([image, *digits.test_images[some]])
+    images = digits.test_images[[np.argmax(evaluation.labels == 2), *some]]  # the first is shown, layer by layer
     _, *blocks, hidden = inside.predict(normalise(images), batch_size=500, verbose=0)
     kernel = network.get_weights()[0]  # (5, 5, 1, n) of a convolution; (784, n) of the mlp
     side = math.isqrt(kernel.size // kernel.shape[-1])
     filters, part = kernel.reshape(side, side, -1).transpose(2, 0, 1), Evaluation(*(each[some] for each in evaluation))
-    plot_feature_maps(path, image, filters, [block[0] for block in blocks], hidden[1:], part)
+    plot_feature_maps(path, images[0], filters, [block[0] for block in blocks], hidden[1:], part)
 
 
 def plot_feature_maps(
