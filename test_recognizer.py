@@ -733,6 +733,16 @@ def test_other_models_of_keras_can_be_used(tiny: Path, arrays: Arrays, tmp_path:
     assert call("--combine", tmp_path, tmp_path, *flags)[0] == 0
 
 
+def test_a_network_like_the_mlp_by_somebody_else_has_no_feature_maps(tiny: Path, tmp_path: Path) -> None:
+    """Its weights have the same shapes, but its last dense layer has another name."""
+    layers = keras.layers
+    dense = [layers.Dense(10, activation=name) for name in ("relu", "relu", "relu", "softmax")]
+    keras.Sequential([keras.Input((28, 28, 1)), layers.Flatten(), *dense]).save(tmp_path / "theirs.keras")
+    flags = "--model-file", tmp_path / "theirs.keras", "--data", tiny, "--output-dir", tmp_path / "out"
+    assert call("--evaluate", *flags)[0] == 0
+    assert names(tmp_path / "out") & PICTURES == EVALUATION_PICTURES - {"feature_maps.png"}
+
+
 UNREADABLE = {
     "huge.png": png(100_000, 100_000),
     "large.png": png(10_000, 10_001),
