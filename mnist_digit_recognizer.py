@@ -2093,9 +2093,8 @@ BLOCKS = {  # of the cnn: what the answers of a block's filters show, and how ma
 
 def is_own(model: keras.Model) -> bool:
     """Whether a model is made of networks as `build_model` makes them, and of nothing else that is trained."""
-    own = [[weight.shape for weight in build_model(name, 0.0, 0).weights] for name in ("cnn", "mlp")]
-    count, shapes = len(networks_of(model)), [weight.shape for weight in model.weights]
-    return count > 0 and shapes in [each * count for each in own]
+    own = [[each.shape for each in build_model(name, 0.0, 0).weights] for name in ("cnn", "mlp")]
+    return [each.shape for each in model.weights] in [one * len(networks_of(model)) for one in own if model.weights]
 
 
 def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluation: Evaluation) -> None:

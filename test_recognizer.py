@@ -733,6 +733,7 @@ def test_other_models_of_keras_can_be_used(tiny: Path, arrays: Arrays, tmp_path:
     assert call("--combine", tmp_path, tmp_path, *flags)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_network_like_the_mlp_by_somebody_else_has_no_feature_maps(tiny: Path, tmp_path: Path) -> None:
     """Its weights have the same shapes, but its last dense layer has another name."""
     layers = keras.layers
@@ -986,13 +987,14 @@ def test_networks() -> None:
     assert [layer.activation.__name__ for layer in dense[:3]] == ["relu"] * 3
 
 
-def test_same_seed_same_weights(trained: Run, tiny: Path, tmp_path: Path) -> None:
+def test_same_seed_same_weights(trained: Run, tiny: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """A second run, in another process, is bit-equal; without plots it draws none; quiet, it prints one line."""
-    # In one of its own: with one step in each call of `fit`, as in this one, TensorFlow rounds SiLU otherwise.
+    # With one step in each call of `fit`, as in the other tests of this process, TensorFlow rounds SiLU otherwise.
+    monkeypatch.setattr(program, "IMAGES_PER_EXECUTION", 2048)
     flags = "--epochs", 3, "--batch-size", 32, "--seed", 7, "--output-dir", tmp_path / "out", "--no-plots", "--quiet"
-    done = cli("--data", tiny, *flags, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert only_line(done.stdout) == trained.stdout.splitlines()[-1]
+    code, out, err = call("--data", tiny, *flags)
+    assert (code, err) == (0, "")
+    assert only_line(out) == trained.stdout.splitlines()[-1]
     assert names(tmp_path / "out") == TABLES
     assert identical(tmp_path / "out", trained.folder)
 
@@ -2073,8 +2075,11 @@ def test_sigkill_at_any_time_leaves_old_or_new_results(earlier: Path, tiny: Path
         assert published(earlier) == before or read_metrics(earlier)["config"]["seed"] == 1
 
 
+PLACES = [".lock", ".ready", ".staging", pytest.param(".checkpoint", marks=pytest.mark.slow)]  # which takes a training
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-@pytest.mark.parametrize("place", [".lock", ".ready", ".staging", ".checkpoint"])
+@pytest.mark.parametrize("place", PLACES)
 def test_leftovers_do_not_cost_a_run(place: str, kind: str, tiny: Path, tmp_path: Path, publish: Publish) -> None:
     """Where the program keeps its own, other things are cleared away or refused, but not after hours of training."""
     out, outside = tmp_path / "out", tmp_path / "outside"
@@ -2165,7 +2170,7 @@ def test_a_signal_ends_the_run_and_keeps_results(
         assert name in errors
         assert "--resume" in errors
         assert names(earlier) <= set(before) | {".checkpoint"}
-    if name == "SIGKILL":  # in processes of their own, as the run that was killed: see test_same_seed_same_weights
+    if name == "SIGKILL":  # in processes of their own, as the run that was killed; this one rounds otherwise
         done = cli(*flags, "--resume", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert 0 < done.stdout.count("\nepoch ") < 3
