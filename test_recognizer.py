@@ -745,6 +745,18 @@ def test_a_network_like_the_mlp_by_somebody_else_has_no_feature_maps(tiny: Path,
     assert names(tmp_path / "out") & PICTURES == EVALUATION_PICTURES - {"feature_maps.png"}
 
 
+@pytest.mark.slow
+def test_a_model_of_an_earlier_version_has_feature_maps(trained: Run, tiny: Path, tmp_path: Path) -> None:
+    """Up to version 1.4, ReLU stood where SiLU stands now."""
+    layers = program.build_model("cnn", 0.0, 0).layers
+    body = [keras.layers.ReLU() if isinstance(layer, keras.layers.Activation) else layer for layer in layers]
+    keras.Sequential([keras.Input((28, 28, 1)), *body]).save(tmp_path / "earlier.keras")
+    flags = "--model-file", tmp_path / "earlier.keras", "--data", tiny, "--output-dir", tmp_path / "out"
+    assert call("--evaluate", *flags)[0] == 0
+    own, earlier = (Image.open(folder / "feature_maps.png") for folder in (trained.folder, tmp_path / "out"))
+    assert own.size == earlier.size  # a block of the network that is not found leaves the picture smaller
+
+
 UNREADABLE = {
     "huge.png": png(100_000, 100_000),
     "large.png": png(10_000, 10_001),
