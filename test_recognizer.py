@@ -991,6 +991,8 @@ def test_networks() -> None:
     kinds = [type(layer).__name__ for layer in one.layers]
     assert {"Conv2D", "MaxPooling2D", "Activation", "Flatten", "Dense", "Dropout"} <= set(kinds)
     assert kinds[-1] == "Softmax"
+    activations = [layer for layer in one.layers if isinstance(layer, keras.layers.Activation)]
+    assert [layer.activation.__name__ for layer in activations] == ["silu"] * 4
     assert (one.input_shape, one.output_shape) == ((None, 28, 28, 1), (None, 10))
     assert equal_arrays(one.get_weights(), same.get_weights())
     assert not equal_arrays(one.get_weights(), other.get_weights())
