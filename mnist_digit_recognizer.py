@@ -503,14 +503,16 @@ def make_optimizer(schedule: keras.optimizers.schedules.LearningRateSchedule) ->
             if len(variable.shape) < 2 or variable.shape[-1] == 10:
                 return super().update_step(gradient, variable, learning_rate)
             momentum = self._momentums[self._get_variable_index(variable)]
-            self.assign(momentum, 0.95 * momentum + 0.05 * gradient)
-            step = tf.reshape(0.95 * momentum + 0.05 * gradient, [-1, variable.shape[-1]])
+            self.assign(momentum, 0.95 * momentum + gradient)
+            step = tf.reshape(0.95 * momentum + gradient, [-1, variable.shape[-1]])
             step /= tf.norm(step) + 1e-7
-            for _ in range(3):  # Newton-Schulz with Jordan's coefficients brings the larger singular values near 1
-                squared = tf.matmul(step, step, transpose_a=True)
-                step = 3.4445 * step + step @ (2.0315 * squared @ squared - 4.775 * squared)
+            # Newton-Schulz, on the small Gram matrix: Jordan's coefficients bring the larger singular values near 1.
+            gram, product = tf.matmul(step, step, transpose_a=True), tf.eye(step.shape[1])
+            for _ in range(3):
+                factor = 3.4445 * tf.eye(step.shape[1]) - 4.775 * gram + 2.0315 * gram @ gram
+                gram, product = factor @ gram @ factor, product @ factor
             size = 0.2 * max(step.shape) ** 0.5  # that of Adam's steps (Liu et al., "Muon is scalable", 2025)
-            return self.assign_sub(variable, learning_rate * size * tf.reshape(step, variable.shape))
+            return self.assign_sub(variable, learning_rate * size * tf.reshape(step @ product, variable.shape))
 
     return Muon(schedule, beta_2=0.99)  # a shorter memory than the usual 0.999, for a run of a few thousand steps
 
