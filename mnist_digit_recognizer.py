@@ -980,7 +980,7 @@ def draw_non_digits(n: int, rng: np.random.Generator) -> np.ndarray:
     sizes = rng.multinomial(n, (0.35, 0.3, 0.15, 0.1, 0.1))
     drawn = [
         draw_ways(letters, rng.integers(len(letters), size=sizes[0]), rng),
-        draw_scribbles(sizes[1], rng),
+        *(draw_scribbles(len(part), rng) for part in np.array_split(range(sizes[1]), 1 + sizes[1] // 2000)),
         draw_ways(marks, rng.integers(len(marks), size=sizes[2]), rng, turn=0.4),
         squeeze(draw_ways(characters, rng.integers(len(characters), size=2 * sizes[3]), rng)),
         draw_textures(sizes[4], rng),
