@@ -322,8 +322,7 @@ def move(config: Config, images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Turn, shear, zoom, shift and mirror each image by a random affine map of its own, all in one operation."""
     limits = math.radians(config.rotation), config.shear, config.zoom, config.zoom, config.shift * 28, config.shift * 28
     *values, mirror = tf.unstack(tf.random.stateless_uniform([7, tf.shape(images)[0]], seed))
-    signed = [(2 * value - 1) * limit for value, limit in zip(values, limits, strict=True)]
-    angle, shear, zoom_x, zoom_y, shift_x, shift_y = signed
+    angle, shear, zoom_x, zoom_y, shift_x, shift_y = [(2 * v - 1) * end for v, end in zip(values, limits, strict=True)]
     zoom_x, zoom_y = tf.exp(zoom_x), tf.exp(zoom_y)
     if config.flip:
         zoom_x *= tf.where(mirror < 0.5, -1.0, 1.0)
@@ -381,10 +380,9 @@ def distort(images: tf.Tensor, pixels: float, seed: tf.Tensor) -> tf.Tensor:
 
 def augment_keras(config: Config) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """The same affine ranges through Keras' `ImageDataGenerator`, an image at a time, as (images, seed) -> images."""
-    ranges = {"rotation_range": config.rotation, "zoom_range": config.zoom, "horizontal_flip": config.flip}
-    ranges |= {"width_shift_range": config.shift, "height_shift_range": config.shift}
-    ranges["shear_range"] = math.degrees(math.atan(config.shear))
-    generator = tf.keras.preprocessing.image.ImageDataGenerator(fill_mode="constant", **ranges)
+    flags = {"rotation_range": config.rotation, "width_shift_range": config.shift, "height_shift_range": config.shift}
+    flags |= {"shear_range": math.degrees(math.atan(config.shear)), "zoom_range": config.zoom, "fill_mode": "constant"}
+    generator = tf.keras.preprocessing.image.ImageDataGenerator(**flags, horizontal_flip=config.flip)
 
     def transform(images: np.ndarray, seed: np.ndarray) -> np.ndarray:
         seeds = np.random.default_rng(seed.view(np.uint32)).integers(2**32, size=len(images))
@@ -444,7 +442,7 @@ def build_ensemble(members: Sequence[keras.Model]) -> keras.Model:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: model + data -> history
 NON_DIGIT_SHARE, DRAWN_SHARE = 0.12, 0.04  # added to the training images, as shares of them
-IMAGES_PER_EXECUTION = 2048  # in one call of `fit`: more of them cost less overhead, fewer see a signal sooner
+IMAGES_PER_EXECUTION = 2048  # in one call of TensorFlow: more cost less overhead, fewer see a signal sooner
 Row = dict[str, float]  # of history.csv: one epoch
 
 
@@ -453,7 +451,7 @@ def count_steps(images: int, batch_size: int) -> tuple[int, int, int]:
     batch_size = min(batch_size, images)
     steps_per_epoch = images // batch_size
     most = max(IMAGES_PER_EXECUTION // batch_size, 1)
-    return batch_size, steps_per_epoch, max(n for n in range(1, most + 1) if steps_per_epoch % n == 0)
+    return batch_size, steps_per_epoch, next(n for n in range(most, 0, -1) if steps_per_epoch % n == 0)
 
 
 def training_set(split: Split, dataset: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -495,7 +493,7 @@ def training_batches(images: np.ndarray, targets: np.ndarray, config: Config, se
 
 
 def make_optimizer(schedule: keras.optimizers.schedules.LearningRateSchedule) -> keras.optimizers.Optimizer:
-    """Muon (K. Jordan et al., "Muon: an optimizer for hidden layers", 2024); Adam for vectors and the last layer."""
+    """Muon (K. Jordan et al., "Muon: an optimizer for hidden layers", 2024); Adam for vectors and layers of 10."""
 
     class Muon(keras.optimizers.Adam):  # keras.optimizers.Muon leaves convolutions to Adam, in some versions
         def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor) -> None:
@@ -588,7 +586,7 @@ def best_epoch(history: list[Row]) -> int:
 
 def is_finished(history: list[Row], config: Config) -> bool:
     """Whether all epochs are done, or the run is out of patience, also in epochs before it was resumed."""
-    waited = len(history) - best_epoch(history) if config.patience and history else 0
+    waited = len(history) - best_epoch(history) if history else 0
     return len(history) == config.epochs or waited >= config.patience > 0
 
 
@@ -703,7 +701,7 @@ IN_CELL = {"ha": "center", "va": "center", "in_layout": False}  # the layout nee
 
 
 @contextlib.contextmanager
-def new_figure(path: Path, width: float, height: float, title: str, subtitle: str) -> Iterator[Any]:
+def new_figure(file: Path | io.BytesIO, width: float, height: float, title: str, subtitle: str) -> Iterator[Any]:
     """A matplotlib.figure.Figure, in inches, with a headline and a line below it; saved at the end, without display."""
     import matplotlib.figure
 
@@ -714,13 +712,13 @@ def new_figure(path: Path, width: float, height: float, title: str, subtitle: st
         figure.text(0.18 / width, 1 - 0.12 / height, title, fontsize=15, fontweight="bold", va="top", parse_math=False)
         figure.text(0.18 / width, 1 - 0.46 / height, subtitle, fontsize=10.5, color=MUTED, va="top")
         yield figure
-        figure.savefig(path)
+        figure.savefig(file)
 
 
 def show_image(axes: matplotlib.axes.Axes, image: np.ndarray, title: str = "", colours: Any = "gray") -> None:
-    """Draw uint8 (height, width) in grey or (height, width, 3) in colour, or a sheet of (rows, columns, 28, 28)."""
+    """Draw 0 to 255: (height, width) in grey, (height, width, 3) in colour, or a sheet of (rows, columns, 28, 28)."""
     if image.ndim == 4:  # with a black line around each image
-        image = np.hstack(np.hstack(np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)))))
+        image = np.block([[*row] for row in np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)))])
     axes.imshow(image, cmap=colours, vmin=0, vmax=255, interpolation="nearest")
     axes.set_title(title, fontsize=10, loc="center", pad=3, parse_math=False)
     axes.set_axis_off()
@@ -874,9 +872,9 @@ def cards_of(images: np.ndarray, evaluation: Evaluation, chosen: Iterable[int]) 
     """Cards of the chosen test images: the label, what the network says, and how probable it finds each digit."""
     cards = []
     for index in chosen:
-        label, probabilities = evaluation.labels[index], evaluation.probabilities[index]
-        verdict = f"says {probabilities.argmax()}, {100 * probabilities.max():.1f}%"
-        cards.append((f"label {label}", verdict, evaluation.correct[index], [images[index]], probabilities, label))
+        label, p = evaluation.labels[index], evaluation.probabilities[index]
+        says, right = f"says {p.argmax()}, {p.max():.1%}", p.argmax() == label
+        cards.append((f"label {label}", says, right, [images[index]], p, label))
     return cards
 
 
@@ -916,7 +914,7 @@ def draw_ways(ways: Sequence[str], choices: np.ndarray, rng: np.random.Generator
     images = np.empty((len(choices), 28, 28), np.uint8)
     for index in np.unique(choices):
         rows = np.flatnonzero(choices == index)
-        for chunk in np.split(rows, range(1000, len(rows), 1000)):  # bounds the memory to about 100 MB
+        for chunk in np.split(rows, range(1000, len(rows), 1000)):  # bounds the memory
             images[chunk] = render_strokes(vary_hand(trace_strokes(ways[index], len(chunk), rng), turn, rng), rng)
     return images
 
@@ -1243,7 +1241,7 @@ def read_picture(path: Path) -> tuple[np.ndarray, float]:
 
 
 def scale(levels: np.ndarray, long_side: float) -> np.ndarray:
-    """Resize a 2-D array, proportions kept, to float32; where it shrinks, each pixel is the mean of what it covers."""
+    """Resize a 2-D array, proportions kept, to float32; where it shrinks, a pixel is a mean of what lies there."""
     height, width = (max(1, round(side * long_side / max(levels.shape))) for side in levels.shape)
     return np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BILINEAR))
 
@@ -1370,7 +1368,7 @@ def frame_digit(ink: np.ndarray, fit: Callable[[np.ndarray], np.ndarray] | None 
     if not boxes:
         return np.zeros((DIGIT_SIDE, DIGIT_SIDE), np.uint8)
     drawn = (fit or fit_in_box)(ink[boxes[0]])
-    top, left = (2 * DIGIT_SIDE - round(1.5 * DIGIT_SIDE - mean) for mean in scipy.ndimage.center_of_mass(drawn))
+    top, left = (round(DIGIT_SIDE / 2 + mean) for mean in scipy.ndimage.center_of_mass(drawn))
     digit = np.pad(drawn.astype(np.float64), DIGIT_SIDE)[top : top + DIGIT_SIDE, left : left + DIGIT_SIDE]
     return np.round(255 * digit).astype(np.uint8)
 
@@ -1483,7 +1481,7 @@ def printable(path: Path) -> str:
 # needed. The network says which unions of neighbouring pieces are digits, and the reading is the best way through them
 # (LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998).
 LINE_HEIGHT = 60  # px, to which the digits of a line are scaled before they are cut
-CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and to either side of which a cut looks for less ink
+CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and how far a cut may swerve to where less ink is
 CUT_SLANTS = 0.0, 0.3, 0.6  # px to the right for one px up; a line is cut with each of them, and the best reading taken
 MAX_CUT_MARKS = 60  # in a picture; more of them are handwriting, where cuts find no number but take minutes
 NUMBER_COLUMNS = "path line number confidence left top width height digits".split()
@@ -1598,7 +1596,7 @@ def sort_marks(ink: np.ndarray) -> list[tuple[list[Piece], float]]:
 
 
 def split_lines(marks: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> list[list[int]]:
-    """Sort marks, indices of where they begin and end, int (n,), into lines, from top to bottom."""
+    """Sort marks, indices into `top` and `bottom`, int (n,), into lines, from top to bottom."""
     lines: list[list[int]] = []
     for mark in sorted(marks, key=lambda mark: top[mark] + bottom[mark]):
         spans = [(np.median(top[line]), np.median(bottom[line])) for line in lines]
@@ -1611,7 +1609,7 @@ def split_lines(marks: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> list[
 
 
 def scale_mark(mark: Piece, zoom: float) -> tuple[Piece, np.ndarray]:
-    """A mark as high as its line, with a margin of 3 px and thickened strokes; its ink before they were thickened."""
+    """A mark scaled as its line is, with a margin of 3 px and thickened strokes; its ink before they were thickened."""
     size = max(2, round(mark.ink.shape[1] * zoom)), max(2, round(mark.ink.shape[0] * zoom))
     ink = scipy.ndimage.grey_dilation(mark.ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
     ink = np.pad(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.BILINEAR), 3)
@@ -1685,7 +1683,7 @@ def join_pieces(pieces: Sequence[Piece]) -> tuple[list[float], list[Digit]]:
 
 
 def read_line(ways: list, readings: Iterator[tuple[np.ndarray, float]]) -> list[Digit]:
-    """The digits along the shortest path through a line, however it is cut; probabilities and scores come next."""
+    """The digits on the shortest path through a line, however it is cut; `readings`: probabilities, score of each."""
     paths = []  # the sum of the doubts in nats, and the digits
     for costs, candidates in ways:
         steps = [[(cost, index, [])] for index, cost in enumerate(costs)]  # past each piece: it is left out, or
@@ -2039,7 +2037,7 @@ def read_runs(folder: Path) -> list[list[str]]:
             for row in csv.reader(stream):
                 with contextlib.suppress(ValueError, IndexError):
                     sound = 2000 <= time.strptime(row[0], UTC).tm_year < 2100 and 0 <= float(row[3]) <= 1
-                    runs += [row] * (sound and len(row) == len(RUN_COLUMNS))
+                    runs += [row] if sound and len(row) == len(RUN_COLUMNS) else []
     return runs
 
 
@@ -2096,7 +2094,7 @@ BLOCKS = {  # of the cnn: what the answers of a block's filters show, and how ma
 def is_own(model: keras.Model) -> bool:
     """Whether a model is made of networks as `build_model` makes them, and of nothing else that is trained."""
     own = [[each.shape for each in build_model(name, 0.0, 0).weights] for name in ("cnn", "mlp")]
-    return [each.shape for each in model.weights] in [one * len(networks_of(model)) for one in own if model.weights]
+    return bool(model.weights) and [w.shape for w in model.weights] in [one * len(networks_of(model)) for one in own]
 
 
 def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluation: Evaluation) -> None:
@@ -2490,8 +2488,7 @@ def write_evaluation(folder: Path, digits: Digits, evaluation: Evaluation, confi
     write_csv(folder / "predictions.csv", [["index", "label", "prediction", "confidence"], *rows])
     if not config.plots:
         return
-    figures = f"{100 * evaluation.correct.mean():.2f}% right, {len(wrong):,} errors in {len(labels):,} test images"
-    title = f"{digits.title}: {figures}"
+    title = f"{digits.title}, {len(labels):,} test images: {evaluation.correct.mean():.2%} right, {len(wrong):,} errors"
     plot_confusion_matrix(folder / "confusion_matrix.png", evaluation, title)
     plot_calibration(folder / "calibration.png", evaluation, title)
     bars = "How probable the network finds each digit. Blue: the label. Orange: another digit."
