@@ -1329,7 +1329,7 @@ def select_parts(ink: np.ndarray, blank: float, several: bool) -> np.ndarray:
         return np.zeros(ink.shape, bool)
     edge = along_border(labels, len(extent))
     if several:
-        return np.append(False, (extent > 0.02 * min(ink.shape)) & (extent > 3) & ~edge)[labels]
+        return np.append(False, (extent > 0.012 * min(ink.shape)) & (extent > 3) & ~edge)[labels]
     mass = np.bincount(labels.ravel(), ink.ravel())[1:]
     if (~edge & (extent > max(4, 0.1 * min(ink.shape))) & (mass > 0.005 * mass.max())).any():
         mass[edge] = 0  # a table's edge or a shadow, beside something else
