@@ -838,8 +838,8 @@ OWN_CARDS = "The picture, the 28 x 28 digit that the network saw, and how probab
 
 def plot_cards(path: Path, cards: Sequence[Card], title: str = "Your own pictures", subtitle: str = OWN_CARDS) -> None:
     """A sheet of cards, four a row. All share one pair of axes, which takes a tenth of the time of one a picture."""
-    across, down = min(max(len(cards), 3), 4), max(math.ceil(len(cards) / 4), 1)
     width, height = 1.08 * (len(cards[0][3]) if cards else 1) + 1.4, 1.62  # of a card, in inches
+    across, down = min(max(len(cards), math.ceil(9.3 / width)), 4), max(math.ceil(len(cards) / 4), 1)
     with new_figure(path, width * across + 0.4, height * down + 1.0, title, subtitle) as figure:
         figure.set_layout_engine("none")
         axes = figure.add_axes((0.02, 0.0, 0.96, 1 - 0.85 / (height * down + 1.0)))
