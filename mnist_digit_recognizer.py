@@ -1992,7 +1992,7 @@ def load_checkpoint(path: Path, model: keras.Model) -> tuple[list[Row], list[np.
 def load_model(path: Path) -> keras.Model:
     """Read a .keras file of Keras' own layers that takes (n, 28, 28, 1) and gives (n, 10), else raise Failure."""
     # Keras' safe mode and the check of the classes keep code of the file's own from running.
-    with blame(f"--model-file {path}", "a training run writes one that fits"):
+    with blame(path, "a training run writes one that fits"):
         check_regular_file(path)
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > MAX_MODEL_BYTES or archive.testzip():
