@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy>=1.26", "matplotlib>=3.8", "tensorflow>=2.16", "scipy>=1.11,<2", "pillow>=10.1"]
+# dependencies = ["numpy>=1.26", "matplotlib>=3.8", "tensorflow>=2.17", "scipy>=1.11,<2", "pillow>=10.1"]
 # ///
 """Train a network that reads handwritten digits, measure it, and read your own pictures with it.
 
