@@ -242,7 +242,7 @@ def load_digits(source: str) -> Digits:
         # One seed for all runs: like MNIST, the data set stays the same while --seed varies the training.
         images, labels = synthetic_digits(DRAWN_TRAINING + DRAWN_TEST, seed=0)
         arrays = images[:DRAWN_TRAINING], labels[:DRAWN_TRAINING], images[DRAWN_TRAINING:], labels[DRAWN_TRAINING:]
-        return name_digits(arrays, "synthetic", "drawn from strokes")
+        return name_digits(arrays, "synthetic", "strokes drawn by this program")
     stem = Path(os.path.abspath(source).removesuffix(".gz")).stem
     name = f"own-{stem}" if stem in ("mnist", "synthetic") else stem
     if tables := find_csv(Path(source)):
@@ -782,7 +782,7 @@ def plot_training_curves(path: Path, history: list[Row], dataset: str) -> None:
             for (key, colour), rows in itertools.product(lines.items(), by_seed):
                 axes.plot([row["epoch"] for row in rows], [row[key] for row in rows], "o-", color=colour, markersize=4)
             axes.set(title=name, xlabel="epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             axes.grid(alpha=0.25)
             if len(lines) > 1:
                 axes.legend(axes.lines[:: len(by_seed)], ["training", "validation"], frameon=False)
