@@ -321,11 +321,11 @@ def augment_fast(config: Config, images: tf.Tensor, seed: tf.Tensor) -> tf.Tenso
 def move(config: Config, images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Turn, shear, zoom, shift and mirror each image by a random affine map of its own, all in one operation."""
     limits = math.radians(config.rotation), config.shear, config.zoom, config.zoom, config.shift * 28, config.shift * 28
-    *values, mirror = tf.unstack(tf.random.stateless_uniform([7, tf.shape(images)[0]], seed))
-    angle, shear, zoom_x, zoom_y, shift_x, shift_y = [(2 * v - 1) * end for v, end in zip(values, limits, strict=True)]
+    *draws, mirror = tf.unstack(tf.random.stateless_uniform([7, tf.shape(images)[0]], seed, -1, 1))
+    angle, shear, zoom_x, zoom_y, shift_x, shift_y = [draw * limit for draw, limit in zip(draws, limits, strict=True)]
     zoom_x, zoom_y = tf.exp(zoom_x), tf.exp(zoom_y)
     if config.flip:
-        zoom_x *= tf.where(mirror < 0.5, -1.0, 1.0)
+        zoom_x *= tf.where(mirror < 0, -1.0, 1.0)
     # Row by row the matrix rotation x shear x zoom, which takes places in the new image to places in the old one, and
     # the offset that keeps the centre, (13.5, 13.5), where it is before the shift.
     cos, sin, zero = tf.cos(angle), tf.sin(angle), tf.zeros_like(angle)
