@@ -153,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model and training")
     add("--model", "mlp: a 784-10-10-10-10 network", choices=["cnn", "mlp"], default="cnn")
     add("--epochs", "passes over the data", type=number(int, 1, 100_000), default=5, metavar="N")
-    add("--batch-size", "images a step", type=number(int, 1, 1_000_000), default=128, metavar="N")
+    add("--batch-size", "images a step (default: an 80th of all, 32 to 256)", type=number(int, 1, 10**6), metavar="N")
     add("--learning-rate", "at the schedule's peak", type=number(float, 1e-12), default=5e-3, metavar="RATE")
     add("--label-smoothing", "share spread over all digits", type=number(float, 0, 0.9), default=0.1, metavar="F")
     # Augmentation leaves little to overfit, so dropout costs more than it brings.
@@ -446,9 +446,10 @@ IMAGES_PER_EXECUTION = 2048  # in one call of TensorFlow: more cost less overhea
 Row = dict[str, float]  # of history.csv: one epoch
 
 
-def count_steps(images: int, batch_size: int) -> tuple[int, int, int]:
+def count_steps(images: int, batch_size: int | None) -> tuple[int, int, int]:
     """Batch size, steps per epoch, and steps per execution, of which an epoch has a whole number."""
-    batch_size = min(batch_size, images)
+    # Large batches take less time an image; of few images, small ones make more steps, in which more is learnt.
+    batch_size = min(batch_size or min(max(images // 80, 32), 256), images)
     steps_per_epoch = images // batch_size
     most = max(IMAGES_PER_EXECUTION // batch_size, 1)
     return batch_size, steps_per_epoch, next(n for n in range(most, 0, -1) if steps_per_epoch % n == 0)
@@ -2292,8 +2293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stop_on_signals(), warnings.catch_warnings(), hold_folder(config.output_dir):
             warnings.simplefilter("ignore")  # what libraries warn of either fails as well, or concerns no user,
             warnings.filterwarnings("error", "loadtxt")  # but for this: NumPy 1 makes a 44 of a pixel of 300
-            jobs = {"predict": recognise, "read": recognise, "submit": submit}
-            return jobs.get(config.job, run_job)(config)
+            return {"predict": recognise, "read": recognise, "submit": submit}.get(config.job, run_job)(config)
     except Failure as failure:
         warn(f"error: {failure}")
     except Stopped as stopped:

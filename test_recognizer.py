@@ -229,7 +229,7 @@ def training(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     As cron and containers start it: no locale, no input, no home that can be written to, in another folder.
     """
     folder = tmp_path_factory.mktemp("trained") / "out"
-    flags = ["--data", tiny, *"--epochs 3 --batch-size 32 --seed 7 --output-dir".split(), folder]
+    flags = ["--data", tiny, *"--epochs 3 --seed 7 --output-dir".split(), folder]
     kept = 'CUDA_VISIBLE_DEVICES="$CUDA_VISIBLE_DEVICES" ONEDNN_MAX_CPU_ISA="${ONEDNN_MAX_CPU_ISA:-DEFAULT}"'
     bare = f'cd / && exec env -i PATH=/usr/bin:/bin HOME=/proc {kept} "$@" <&-'
     command = [*(["sh", "-c", bare, "sh"] if os.name != "nt" else []), sys.executable, SCRIPT, *flags]
@@ -1006,7 +1006,7 @@ def test_same_seed_same_weights(trained: Run, tiny: Path, tmp_path: Path, monkey
     """A second run, in another process, is bit-equal; without plots it draws none; quiet, it prints one line."""
     # With one step in each call of `fit`, as in the other tests of this process, TensorFlow rounds SiLU otherwise.
     monkeypatch.setattr(program, "IMAGES_PER_EXECUTION", 2048)
-    flags = "--epochs", 3, "--batch-size", 32, "--seed", 7, "--output-dir", tmp_path / "out", "--no-plots", "--quiet"
+    flags = "--epochs", 3, "--seed", 7, "--output-dir", tmp_path / "out", "--no-plots", "--quiet"
     code, out, err = call("--data", tiny, *flags)
     assert (code, err) == (0, "")
     assert only_line(out) == trained.stdout.splitlines()[-1]
@@ -1023,7 +1023,7 @@ def test_other_seed_other_weights(mlp: Run, pair: Path, train: Train) -> None:
 
 
 def test_mlp_learns(train: Train, trained: Run) -> None:
-    run = train("--epochs", 15, "--batch-size", 32, "--learning-rate", 0.01, "--dropout", 0.01, "--elastic", 0.2)
+    run = train("--epochs", 15, "--learning-rate", 0.01, "--dropout", 0.01, "--elastic", 0.2)
     assert run.metrics["parameters"] == 784 * 10 + 10 + 3 * 110
     assert run.metrics["test_accuracy"] > 0.25
     assert run.metrics.keys() == trained.metrics.keys()
@@ -1084,9 +1084,10 @@ def test_test_time_augmentation() -> None:
 
 @pytest.mark.parametrize("images", [1, 100, 3000, 10_000, 12_800, 58_320, 59_999])
 def test_an_epoch_leaves_out_less_than_a_batch(images: int) -> None:
-    batch_size, steps_per_epoch, steps_per_execution = program.count_steps(images, 128)
-    assert 0 <= images - steps_per_epoch * batch_size < batch_size
-    assert steps_per_epoch % steps_per_execution == 0
+    for given in (128, None):
+        batch_size, steps_per_epoch, steps_per_execution = program.count_steps(images, given)
+        assert 0 <= images - steps_per_epoch * batch_size < batch_size
+        assert steps_per_epoch % steps_per_execution == 0
 
 
 def evaluation_of(labels: list[int], said: list[int], confidences: list[float]) -> program.Evaluation:
@@ -1177,7 +1178,7 @@ def test_metrics_agree_with_the_tables(trained: Run, arrays: Arrays) -> None:
     np.add.at(matrix, (table["label"].astype(int), table["prediction"].astype(int)), 1)
     assert np.array_equal(matrix, trained.metrics["confusion_matrix"])
     assert trained.metrics["test_accuracy"] == pytest.approx(matrix.trace() / 300)
-    assert trained.metrics["test_accuracy"] > 0.6
+    assert trained.metrics["test_accuracy"] > 0.9  # by default; in batches of 128 fewer than 0.8
     assert set("epoch loss accuracy val_loss val_accuracy learning_rate seconds".split()) <= history.keys()
     assert history["epoch"].tolist() == [1, 2, 3]
     assert history["loss"][-1] < history["loss"][0]
@@ -1262,7 +1263,7 @@ def test_report(trained: Run, tmp_path: Path) -> None:
     assert not re.search(r"https?:|url\(|@import", (trained.folder / "report.html").read_text(encoding="utf-8"))
     assert not page.all("href")
     accuracy = f"{100 * trained.metrics['test_accuracy']:.2f}%"
-    for expected in (accuracy, trained.metrics["finished_at"], "batch_size", *trained.metrics["versions"].values()):
+    for expected in (accuracy, trained.metrics["finished_at"], "output_dir", *trained.metrics["versions"].values()):
         assert expected in page.text
     for row in trained.metrics["per_digit"]:
         assert f"{row['recall']:.4g}" in page.text
