@@ -470,11 +470,10 @@ def training_set(split: Split, dataset: str, seed: int) -> tuple[np.ndarray, np.
     return np.concatenate([split.x_train, drawn, non_digits, corrupted]), targets
 
 
-def training_batches(images: np.ndarray, targets: np.ndarray, config: Config, seed: int, start: int) -> tf.data.Dataset:
+def training_batches(images: tf.Tensor, targets: tf.Tensor, config: Config, seed: int, start: int) -> tf.data.Dataset:
     """Batches of augmented images and their targets, from the epoch `start` to the last, each epoch in a new order."""
     # Whole batches are gathered by index from one tensor, which is several times faster than image by image.
     batch_size, steps_per_epoch, steps_per_execution = count_steps(len(images), config.batch_size)
-    images, targets = tf.constant(images), tf.constant(targets)
     augment = augmentation(config)
 
     def indices_of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
@@ -543,7 +542,7 @@ def train_model(
 ) -> list[Row]:
     """Fit an uncompiled model in place; return the rows of history.csv. Raises Failure if the loss is not finite."""
     # The state is kept in the file `checkpoint` after each epoch; where it exists, training goes on from there.
-    images, targets = training_set(split, dataset, seed)
+    images, targets = map(tf.constant, training_set(split, dataset, seed))
     batch_size, steps_per_epoch, steps_per_execution = count_steps(len(images), config.batch_size)
     compile_model(model, config, steps_per_epoch, steps_per_execution)
     history, best_weights = load_checkpoint(checkpoint, model)
