@@ -544,6 +544,7 @@ def train_model(
     # The state is kept in the file `checkpoint` after each epoch; where it exists, training goes on from there.
     images, targets = map(tf.constant, training_set(split, dataset, seed))
     batch_size, steps_per_epoch, steps_per_execution = count_steps(len(images), config.batch_size)
+    log(f"{model.name} with {model.count_params():,} parameters, seed {seed}, {batch_size} images a step")
     compile_model(model, config, steps_per_epoch, steps_per_execution)
     history, best_weights = load_checkpoint(checkpoint, model)
     progress_bar = sys.stdout.isatty() and not config.quiet
@@ -2361,7 +2362,6 @@ def train(config: Config, digits: Digits, results: Path, seconds: dict[str, floa
         for seed in range(config.seed, config.seed + config.members):
             with strategy_scope(config.strategy):
                 model = build_model(config.model, config.dropout, seed)
-                log(f"{config.model} with {model.count_params():,} parameters, seed {seed}")
                 history += train_model(model, split, digits.name, config, seed, checkpoints / f"seed{seed}.npz", log)
             models.append(add_test_time_augmentation(model) if config.model == "cnn" else model)
             if config.members > 1:
