@@ -2293,7 +2293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stop_on_signals(), warnings.catch_warnings(), hold_folder(config.output_dir):
             warnings.simplefilter("ignore")  # what libraries warn of either fails as well, or concerns no user,
             warnings.filterwarnings("error", "loadtxt")  # but for this: NumPy 1 makes a 44 of a pixel of 300
-            return {"predict": recognise, "read": recognise, "submit": submit}.get(config.job, run_job)(config)
+            jobs = {"predict": recognise, "read": recognise, "submit": submit}
+            return jobs.get(config.job, run_job)(config)
     except Failure as failure:
         warn(f"error: {failure}")
     except Stopped as stopped:
