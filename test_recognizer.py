@@ -1432,7 +1432,7 @@ def test_default_run(default_run: Run) -> None:
     code = "import keras, sys; sys.exit(keras.models.load_model('model.keras').output_shape != (None, 10))"
     subprocess.run([sys.executable, "-c", code], cwd=default_run.folder, check=True)  # without this program
     seconds = metrics["timings_seconds"]
-    assert seconds["evaluation"] + seconds["plots"] < 0.1 * seconds["total"]
+    assert seconds["evaluation"] + seconds["plots"] < 0.25 * seconds["total"]
     assert (default_run.folder / "report.html").stat().st_size < 2_000_000
 
 
