@@ -713,6 +713,9 @@ def new_figure(file: Path | io.BytesIO, width: float, height: float, title: str,
         figure.text(0.18 / width, 1 - 0.12 / height, title, fontsize=15, fontweight="bold", va="top", parse_math=False)
         figure.text(0.18 / width, 1 - 0.46 / height, subtitle, fontsize=10.5, color=MUTED, va="top")
         yield figure
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)
+            figure.set_layout_engine(None)  # or savefig would do the same twice
         figure.savefig(file)
 
 
@@ -842,7 +845,7 @@ def plot_cards(path: Path, cards: Sequence[Card], title: str = "Your own picture
     width, height = 1.08 * (len(cards[0][3]) if cards else 1) + 1.4, 1.62  # of a card, in inches
     across, down = min(max(len(cards), math.ceil(9.3 / width)), 4), max(math.ceil(len(cards) / 4), 1)
     with new_figure(path, width * across + 0.4, height * down + 1.0, title, subtitle) as figure:
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
         axes = figure.add_axes((0.02, 0.0, 0.96, 1 - 0.85 / (height * down + 1.0)))
         for index, card in enumerate(cards):
             draw_card(axes, card, width * (index % 4), width * (index % 4 + 1) - 0.2, -height * (index // 4))
