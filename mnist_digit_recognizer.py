@@ -828,6 +828,7 @@ def plot_calibration(path: Path, evaluation: Evaluation, title: str) -> None:
             histogram.hist(evaluation.confidences[chosen], CALIBRATION_BINS, **style)
         histogram.set_yscale("symlog", linthresh=1)
         histogram.set(ylabel="images (logarithmic)", title="how sure the network is")
+        histogram.yaxis.set_major_formatter("{x:,.0f}")
         for axes, place in ((reliability, "lower right"), (histogram, "upper left")):
             axes.set(xlabel="confidence", xlim=(0, 1.02))
             axes.legend(frameon=False, loc=place)
