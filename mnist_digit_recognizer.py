@@ -80,8 +80,8 @@ class LazyModule(types.ModuleType):
 os.environ["KERAS_BACKEND"] = "tensorflow"  # also where keras.json names another
 if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512, where TensorFlow's default is 0
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-libraries = "keras scipy tensorflow matplotlib PIL.Image PIL.ImageOps".split()
-keras, scipy, tf, matplotlib, Image, ImageOps = map(LazyModule, libraries)
+libraries = "keras scipy tensorflow matplotlib matplotlib.figure PIL.Image PIL.ImageOps fcntl resource".split()
+keras, scipy, tf, matplotlib, figures, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
 VERSION = "1.5.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
@@ -704,11 +704,9 @@ IN_CELL = {"ha": "center", "va": "center", "in_layout": False}  # the layout nee
 @contextlib.contextmanager
 def new_figure(file: Path | io.BytesIO, width: float, height: float, title: str, subtitle: str) -> Iterator[Any]:
     """A matplotlib.figure.Figure, in inches, with a headline and a line below it; saved at the end, without display."""
-    import matplotlib.figure
-
     style = {"font.size": 11, "text.color": INK, "axes.titlesize": 12, "axes.titlelocation": "left"}
     with matplotlib.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure = matplotlib.figure.Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+        figure = figures.Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
         figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - 0.75 / height))
         figure.text(0.18 / width, 1 - 0.12 / height, title, fontsize=15, fontweight="bold", va="top", parse_math=False)
         figure.text(0.18 / width, 1 - 0.46 / height, subtitle, fontsize=10.5, color=MUTED, va="top")
@@ -1880,8 +1878,6 @@ def hold_folder(folder: Path) -> Iterator[None]:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     with open(descriptor):  # closing it gives up the lock
         try:
-            import fcntl
-
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             holder = lock.read_text(errors="replace") or "another run"
@@ -2530,8 +2526,6 @@ def describe_run(config: Config, digits: Digits, model: keras.Model, evaluation:
 def peak_rss_mib() -> int | None:
     """The most memory that this process has held, in MiB, which macOS counts in bytes; None where none is counted."""
     with contextlib.suppress(ImportError):  # Windows
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
