@@ -678,11 +678,10 @@ def apply_temperature(evaluation: Evaluation, temperature: float) -> Evaluation:
 
 def fit_temperature(evaluation: Evaluation) -> float:
     """The temperature from 1/20 to 20 for which the cross-entropy is smallest (Guo et al., ICML 2017)."""
-
-    def loss(log_temperature: float) -> float:
-        return cross_entropy(apply_temperature(evaluation, math.exp(log_temperature)))
-
-    return math.exp(scipy.optimize.minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded").x)
+    fitted = scipy.optimize.minimize_scalar(
+        lambda temperature: cross_entropy(apply_temperature(evaluation, temperature)), bounds=(0.05, 20)
+    )
+    return float(fitted.x)
 
 
 def calibrate(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> tuple[float, Evaluation]:
