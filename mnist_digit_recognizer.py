@@ -547,6 +547,7 @@ def train_model(
     log(f"{model.name} with {model.count_params():,} parameters, seed {seed}, {batch_size} images a step")
     compile_model(model, config, steps_per_epoch, steps_per_execution)
     history, best_weights = load_checkpoint(checkpoint, model)
+    one_hot = np.eye(10, dtype=np.float32)[split.y_validation]
     progress_bar = sys.stdout.isatty() and not config.quiet
     ends = [time.perf_counter()]
 
@@ -570,8 +571,7 @@ def train_model(
             initial_epoch=len(history),
             epochs=config.epochs,
             steps_per_epoch=steps_per_epoch,
-            validation_data=(normalise(split.x_validation), np.eye(10, dtype=np.float32)[split.y_validation]),
-            validation_batch_size=500,
+            validation_data=tf.data.Dataset.from_tensor_slices((normalise(split.x_validation), one_hot)).batch(500),
             callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=finish_epoch)],
             verbose=int(progress_bar),
         )
@@ -626,7 +626,8 @@ class Evaluation(NamedTuple):
 
 def predict_probabilities(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """uint8 (n, 28, 28) -> float64 (n, 10), rows sum to 1. Raises Failure where the output is not probabilities."""
-    probabilities = model.predict(normalise(images), batch_size=100, verbose=0).astype(np.float64)
+    parts = np.split(images, range(100, len(images), 100))  # bounds the memory
+    probabilities = np.concatenate([model.predict_on_batch(normalise(part)) for part in parts]).astype(np.float64)
     if not (probabilities.min() >= 0 and np.allclose(probabilities.sum(axis=1), 1, atol=1e-3)):  # false for NaN too
         raise Failure("the model's output is not probabilities (ten numbers from 0 to 1 that sum to 1); train it again")
     return probabilities
@@ -2100,15 +2101,16 @@ def is_own(model: keras.Model) -> bool:
 def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluation: Evaluation) -> None:
     """Plot what the first network of a model of this program looks at, and a map of some of the test images."""
     network = networks_of(model)[0]
-    blocks = [layer.output for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)][:-1]
-    inside = keras.Model(network.inputs, [*network.outputs, *blocks, network.get_layer("logits").input])
+    last = keras.Model(network.inputs, network.get_layer("logits").input)
     some = np.union1d(np.arange(0, len(evaluation.labels), 5), np.flatnonzero(~evaluation.correct)[:100])
-    images = digits.test_images[[np.argmax(evaluation.labels == 2), *some]]  # the first is shown, layer by layer
-    _, *blocks, hidden = inside.predict(normalise(images), batch_size=500, verbose=0)
+    hidden = last.predict(normalise(digits.test_images[some]), batch_size=500, verbose=0)
+    image = digits.test_images[np.argmax(evaluation.labels == 2)]  # is shown, layer by layer
+    ends = [layer.output for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)][:-1]
+    blocks = [keras.Model(network.inputs, end)(normalise(image[np.newaxis]))[0].numpy() for end in ends]
     kernel = network.get_weights()[0]  # (5, 5, 1, n) of a convolution; (784, n) of the mlp
     side = math.isqrt(kernel.size // kernel.shape[-1])
     filters, part = kernel.reshape(side, side, -1).transpose(2, 0, 1), Evaluation(*(each[some] for each in evaluation))
-    plot_feature_maps(path, images[0], filters, [block[0] for block in blocks], hidden[1:], part)
+    plot_feature_maps(path, image, filters, blocks, hidden, part)
 
 
 def plot_feature_maps(
@@ -2363,6 +2365,7 @@ def train(config: Config, digits: Digits, results: Path, seconds: dict[str, floa
             with strategy_scope(config.strategy):
                 model = build_model(config.model, config.dropout, seed)
                 history += train_model(model, split, digits.name, config, seed, checkpoints / f"seed{seed}.npz", log)
+            model = keras.Model(model.inputs, model.outputs, name=model.name)  # without optimizer and strategy
             models.append(add_test_time_augmentation(model) if config.model == "cnn" else model)
             if config.members > 1:
                 calibrate(models[-1], split.x_validation, split.y_validation)
@@ -2450,7 +2453,7 @@ def submit(config: Config) -> int:
 def calibrate_and_save(model: keras.Model, split: Split, results: Path) -> dict[str, Any]:
     """Calibrate a model on the validation images, and write it. Returns what metrics.json says of that."""
     temperature, validation = calibrate(model, split.x_validation, split.y_validation)
-    keras.Model(model.inputs, model.outputs, name=model.name).save(results / "model.keras")  # without the optimizer
+    model.save(results / "model.keras")
     return {
         "validation_accuracy": validation.correct.mean(),
         "validation_loss": cross_entropy(validation),
