@@ -679,10 +679,8 @@ def apply_temperature(evaluation: Evaluation, temperature: float) -> Evaluation:
 
 def fit_temperature(evaluation: Evaluation) -> float:
     """The temperature from 1/20 to 20 for which the cross-entropy is smallest (Guo et al., ICML 2017)."""
-    fitted = scipy.optimize.minimize_scalar(
-        lambda temperature: cross_entropy(apply_temperature(evaluation, temperature)), bounds=(0.05, 20)
-    )
-    return float(fitted.x)
+    best = scipy.optimize.minimize_scalar(lambda t: cross_entropy(apply_temperature(evaluation, t)), bounds=(0.05, 20))
+    return float(best.x)
 
 
 def calibrate(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> tuple[float, Evaluation]:
