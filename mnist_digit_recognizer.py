@@ -888,7 +888,8 @@ def plot_numbers(path: Path, pictures: Sequence[tuple[str, np.ndarray, list]]) -
             axes = figure.add_subplot(down, 3, index)
             show_image(axes, image, name)
             for text, ((left, top), (right, bottom)), doubtful in marks:
-                axes.text(left, top, text, fontsize=10, fontweight="bold", color=BLUE, va="bottom")
+                size = np.clip(130 * (bottom - top) / max(image.shape), 5, 10)  # fits between lines
+                axes.text(left, top, text, fontsize=size, fontweight="bold", color=BLUE, va="bottom")
                 for colour, (a, b, c, d) in [(BLUE, (left, top, right, bottom)), *((RED, box) for box in doubtful)]:
                     axes.plot([a, c, c, a, a], [b, b, d, d, b], color=colour, linewidth=1.2)
 
