@@ -81,7 +81,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"  # also where keras.json names anothe
 if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512, where TensorFlow's default is 0
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 libraries = "keras scipy tensorflow matplotlib matplotlib.figure PIL.Image PIL.ImageOps fcntl resource".split()
-keras, scipy, tf, matplotlib, figures, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
+keras, scipy, tf, matplotlib, mpl_figure, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
 VERSION = "1.6.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
@@ -704,7 +704,7 @@ def new_figure(file: Path | io.BytesIO, width: float, height: float, title: str,
     """A matplotlib.figure.Figure, in inches, with a headline and a line below it; saved at the end, without display."""
     style = {"font.size": 11, "text.color": INK, "axes.titlesize": 12, "axes.titlelocation": "left"}
     with matplotlib.rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
-        figure = figures.Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+        figure = mpl_figure.Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
         figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - 0.75 / height))
         figure.text(0.18 / width, 1 - 0.12 / height, title, fontsize=15, fontweight="bold", va="top", parse_math=False)
         figure.text(0.18 / width, 1 - 0.46 / height, subtitle, fontsize=10.5, color=MUTED, va="top")
