@@ -547,7 +547,6 @@ def train_model(
     log(f"{model.name} with {model.count_params():,} parameters, seed {seed}, {batch_size} images a step")
     compile_model(model, config, steps_per_epoch, steps_per_execution)
     history, best_weights = load_checkpoint(checkpoint, model)
-    one_hot = np.eye(10, dtype=np.float32)[split.y_validation]
     progress_bar = sys.stdout.isatty() and not config.quiet
     ends = [time.perf_counter()]
 
@@ -566,6 +565,7 @@ def train_model(
         model.stop_training = is_finished(history, config)
 
     if not is_finished(history, config):
+        one_hot = np.eye(10, dtype=np.float32)[split.y_validation]
         model.fit(
             training_batches(images, targets, config, seed, start=len(history)),
             initial_epoch=len(history),
