@@ -481,6 +481,7 @@ def training_batches(images: tf.Tensor, targets: tf.Tensor, config: Config, seed
         order = tf.reshape(order[: steps_per_epoch * batch_size], [steps_per_epoch, batch_size])
         return tf.data.Dataset.from_tensor_slices((epoch * steps_per_epoch + tf.range(steps_per_epoch), order))
 
+    @tf.autograph.experimental.do_not_convert  # takes seconds; no branch here depends on a tensor
     def batch_of_indices(step: tf.Tensor, indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         batch = tf.cast(tf.gather(images, indices), tf.float32)[..., tf.newaxis] / 255
         return augment(batch, tf.stack([seed, step])), tf.gather(targets, indices)
