@@ -771,7 +771,8 @@ def plot_augmentation(path: Path, originals: np.ndarray, variants: np.ndarray, h
 def plot_training_curves(path: Path, history: list[Row], dataset: str) -> None:
     """Loss, accuracy and learning rate over the epochs; a line for each seed."""
     by_seed = [list(rows) for _, rows in itertools.groupby(history, key=lambda row: row["seed"])]
-    title = f"Training on {dataset}: {' + '.join(str(len(rows)) for rows in by_seed)} epochs"
+    epochs = " + ".join(str(len(rows)) for rows in by_seed)
+    title = f"Training on {dataset}: {epochs} epoch{'s' * (epochs != '1')}"
     subtitle = "Training: mean over the epoch, with augmentation and non-digits. Validation: at its end, clean digits."
     panels = {
         "loss (with label smoothing)": {"loss": ORANGE, "val_loss": BLUE},
