@@ -1372,6 +1372,15 @@ def test_evaluate_in_place(pair: Path, earlier: Path, mlp: Run, tiny: Path) -> N
             assert read_metrics(earlier)[key] == metrics[key]
 
 
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"dataset"'])
+def test_a_damaged_metrics_file_costs_nothing(content: str, earlier: Path, tiny: Path) -> None:
+    (earlier / "metrics.json").write_text(content)
+    flags = "--data", tiny, "--output-dir", earlier, "--model-file", earlier / "model.keras", "--no-plots", "--quiet"
+    code, out, err = call("--evaluate", *flags)
+    assert (code, err) == (0, "")
+    assert only_line(out)
+
+
 def test_only_results_are_replaced(earlier: Path, tiny: Path, arrays: Arrays, tmp_path: Path) -> None:
     """What an earlier run wrote goes, so that none stands beside a model of another; what is the user's own stays."""
     (earlier / "notes.txt").write_text("keep me")
