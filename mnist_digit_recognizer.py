@@ -83,7 +83,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512,
 libraries = "keras scipy tensorflow matplotlib matplotlib.figure PIL.Image PIL.ImageOps fcntl resource".split()
 keras, scipy, tf, matplotlib, mpl_figure, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
-VERSION = "1.6.0"
+VERSION = "1.6.1"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -978,23 +978,14 @@ def render_strokes(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def draw_non_digits(n: int, rng: np.random.Generator) -> np.ndarray:
     """Draw n images that show no digit, in random order: -> (n, 28, 28) uint8."""
     letters, marks = WAYS["letter"], WAYS["mark"]
-    characters = [way for label in WAYS if label != "mark" for way in WAYS[label]]
-    sizes = rng.multinomial(n, (0.35, 0.3, 0.15, 0.1, 0.1))
+    sizes = rng.multinomial(n, (0.4, 0.3, 0.2, 0.1))
     drawn = [
         draw_ways(letters, rng.integers(len(letters), size=sizes[0]), rng),
         *(draw_scribbles(len(part), rng) for part in np.array_split(range(sizes[1]), 1 + sizes[1] // 2000)),
         draw_ways(marks, rng.integers(len(marks), size=sizes[2]), rng, turn=0.4),
-        squeeze(draw_ways(characters, rng.integers(len(characters), size=2 * sizes[3]), rng)),
-        draw_textures(sizes[4], rng),
+        draw_textures(sizes[3], rng),
     ]
     return rng.permutation(np.concatenate(drawn))
-
-
-def squeeze(images: np.ndarray) -> np.ndarray:
-    """Put the first half of uint8 (2 n, 28, 28) images to the left of the second, at half their width: (n, 28, 28)."""
-    left, right = np.split(images[:, :, 4:24], 2)
-    narrow = np.concatenate([left, right], axis=2).reshape(-1, 28, 20, 2).mean(3).astype(np.uint8)
-    return np.pad(narrow, ((0, 0), (0, 0), (4, 4)))
 
 
 def draw_scribbles(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -1025,16 +1016,15 @@ def draw_textures(n: int, rng: np.random.Generator) -> np.ndarray:
 
 def corrupt_digits(images: np.ndarray, labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Make n non-digits out of (m, 28, 28) uint8 images of digits and their (m,) labels: -> (n, 28, 28) uint8."""
-    turns, splices, pairs = rng.multinomial(n, (0.4, 0.2, 0.4))
+    turns, splices, pairs = rng.multinomial(n, (0.4, 0.25, 0.35))
     turned = images[np.resize(rng.permutation(np.flatnonzero(np.isin(labels, TURNABLE))), turns)]
     turned = np.concatenate([np.rot90(turned[::2], 1, (1, 2)), np.rot90(turned[1::2], 3, (1, 2))])
     first, second = rng.integers(len(images), size=(2, 10 * n + 100))  # about one pair in eight may be spliced
     fit = np.resize(np.flatnonzero(np.isin(10 * labels[first].astype(int) + labels[second], SPLICES)), splices)
     spliced = np.concatenate([images[first[fit], :14], images[second[fit], 14:]], axis=1)
-    squeezed = squeeze(images[np.concatenate([first[: pairs // 4], second[: pairs // 4]])])
-    miscut = [cut_between(*images[pair], rng) for pair in np.stack([first, second], 1)[pairs // 4 : pairs]]
+    miscut = [cut_between(*images[pair], rng) for pair in np.stack([first, second], 1)[:pairs]]
     miscut = np.reshape(miscut, (-1, 28, 28)).astype(np.uint8)  # also where there are none
-    return rng.permutation(np.concatenate([turned, spliced, squeezed, miscut]))
+    return rng.permutation(np.concatenate([turned, spliced, miscut]))
 
 
 def cut_between(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> np.ndarray:
