@@ -532,7 +532,8 @@ def compile_model(model: keras.Model, config: Config, steps_per_epoch: int, step
     model.compile(
         optimizer=make_optimizer(schedule),
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
-        metrics=[accuracy],
+        # A metric, not a function: its variable is there before the steps are traced, else they are traced twice.
+        metrics=[keras.metrics.MeanMetricWrapper(accuracy, "accuracy")],
         # Several steps in one call fail now and then where several devices share them.
         steps_per_execution=steps_per_execution if tf.distribute.get_strategy().num_replicas_in_sync == 1 else 1,
     )
