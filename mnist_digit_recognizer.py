@@ -1017,13 +1017,13 @@ def draw_textures(n: int, rng: np.random.Generator) -> np.ndarray:
 
 def corrupt_digits(images: np.ndarray, labels: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Make n non-digits out of (m, 28, 28) uint8 images of digits and their (m,) labels: -> (n, 28, 28) uint8."""
-    turns, splices, pairs = rng.multinomial(n, (0.4, 0.25, 0.35))
+    turns, splices, miscuts = rng.multinomial(n, (0.4, 0.25, 0.35))
     turned = images[np.resize(rng.permutation(np.flatnonzero(np.isin(labels, TURNABLE))), turns)]
     turned = np.concatenate([np.rot90(turned[::2], 1, (1, 2)), np.rot90(turned[1::2], 3, (1, 2))])
-    first, second = rng.integers(len(images), size=(2, 10 * n + 100))  # about one pair in eight may be spliced
+    first, second = pairs = rng.integers(len(images), size=(2, 10 * n + 100))  # about one pair in eight may be spliced
     fit = np.resize(np.flatnonzero(np.isin(10 * labels[first].astype(int) + labels[second], SPLICES)), splices)
     spliced = np.concatenate([images[first[fit], :14], images[second[fit], 14:]], axis=1)
-    miscut = [cut_between(*images[pair], rng) for pair in np.stack([first, second], 1)[:pairs]]
+    miscut = [cut_between(*images[pair], rng) for pair in pairs.T[:miscuts]]
     miscut = np.reshape(miscut, (-1, 28, 28)).astype(np.uint8)  # also where there are none
     return rng.permutation(np.concatenate([turned, spliced, miscut]))
 
