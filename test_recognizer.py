@@ -1912,21 +1912,40 @@ def test_the_place_and_confidence_of_numbers(
     assert_pictures(tmp_path / "out")
 
 
+def doubt_fives(mlp: Run, score: float) -> Callable[[object, np.ndarray], np.ndarray]:
+    """A network that knows the digits of `write`, but fives by so much more than the rejection threshold."""
+    ratio = math.exp((mlp.metrics["rejection_threshold"] + score) / 0.9)
+    doubtful = np.where(np.arange(10) == 5, ratio, 1) / (ratio + 9)
+
+    def look(model: object, images: np.ndarray) -> np.ndarray:
+        sure = look_alike(model, images)
+        return np.where(sure[:, 5:6] > 0.5, doubtful, sure)
+
+    return look
+
+
 def test_a_doubtful_number_is_one_among_others(
     mlp: Run, read: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Alone, two marks that barely pass for digits are taken for a word."""
-    ratio = math.exp((mlp.metrics["rejection_threshold"] + 1) / 0.9)
-    doubtful = np.where(np.arange(10) == 5, ratio, 1) / (ratio + 9)
-
-    def doubt_fives(model: object, images: np.ndarray) -> np.ndarray:
-        sure = look_alike(model, images)
-        return np.where(sure[:, 5:6] > 0.5, doubtful, sure)
-
-    monkeypatch.setattr(program, "predict_probabilities", doubt_fives)
+    monkeypatch.setattr(program, "predict_probabilities", doubt_fives(mlp, 0.4))
     pictures = [(255 * (1 - ink)).astype(np.uint8) for ink in (write("55"), write("72 380", "1926 55"))]
     found = numbers_of(read(save_pictures(tmp_path / "pictures", pictures))[1])
     assert found == [(0, ""), (1, "72"), (1, "380"), (2, "1926"), (2, "55")]
+
+
+def test_a_doubtful_number_has_digits_of_one_height(
+    mlp: Run, read: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Doubtful marks are a number where they are as high as each other, and a word where they are not."""
+    monkeypatch.setattr(program, "predict_probabilities", doubt_fives(mlp, 1.5))
+    even = write("55")
+    inked = np.flatnonzero(even.max(axis=0) > 0.1)
+    first, second = np.split(even, [inked[np.argmax(np.diff(inked) > 1) + 1]], axis=1)
+    small = ndimage.zoom(second, 0.6, order=1)
+    uneven = np.concatenate([first, np.pad(small, ((25, len(even) - 25 - len(small)), (0, 0)))], axis=1)
+    pictures = [(255 * (1 - ink)).astype(np.uint8) for ink in (even, uneven)]
+    assert numbers_of(read(save_pictures(tmp_path / "pictures", pictures))[1]) == [(1, "55"), (0, "")]
 
 
 def test_pictures_without_a_number(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
