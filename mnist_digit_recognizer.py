@@ -244,7 +244,7 @@ def load_digits(source: str) -> Digits:
         arrays = images[:DRAWN_TRAINING], labels[:DRAWN_TRAINING], images[DRAWN_TRAINING:], labels[DRAWN_TRAINING:]
         return name_digits(arrays, "synthetic", "strokes drawn by this program")
     stem = Path(os.path.abspath(source).removesuffix(".gz")).stem
-    name = f"own-{stem}" if stem in ("mnist", "synthetic") else stem
+    name = printable(f"own-{stem}" if stem in ("mnist", "synthetic") else stem)
     if tables := find_csv(Path(source)):
         arrays, origin = read_csv_digits(*tables)
         return name_digits(arrays, name, origin)
@@ -1449,7 +1449,7 @@ def tell_digit(path: Path, seen: list[np.ndarray], probabilities: np.ndarray, th
     score = digit_scores(probabilities)[0] * seen[1].any()  # without ink there is no digit
     best, verdict = int(p.argmax()), "digit" if score >= threshold else "not-a-digit"
     row = [printable(path), str(best), f"{p[best]:.4f}", f"{score:.4f}", verdict, *(f"{each:.6f}" for each in p)]
-    text = f"{best}, {float(row[2]):.1%}" if verdict == "digit" else "not a digit"
+    text = f"{best}, {p[best]:.1%}" if verdict == "digit" else "not a digit"
     return [row], (short_name(path), text, verdict == "digit", seen, p, best)
 
 
@@ -1463,13 +1463,13 @@ def shows_several(thumbnail: np.ndarray, digit: np.ndarray) -> bool:
 
 def short_name(path: Path) -> str:
     """The name of a file, shortened in the middle, for a plot."""
-    name = printable(Path(path.name))
+    name = printable(path.name)
     return name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
 
 
-def printable(path: Path) -> str:
-    """A path in which control characters and broken encodings are escaped, so that it cannot add columns or lines."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(path))
+def printable(text: object) -> str:
+    """A name in which control characters and broken encodings are escaped, so that it cannot add columns or lines."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2288,7 +2288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stop_on_signals(), warnings.catch_warnings(), hold_folder(config.output_dir):
             warnings.simplefilter("ignore")  # what libraries warn of either fails as well, or concerns no user,
-            warnings.filterwarnings("error", "loadtxt")  # but for this: NumPy 1 makes a 44 of a pixel of 300
+            warnings.filterwarnings("error", r"loadtxt\(\)")  # but for this: NumPy 1 makes a 44 of a pixel of 300
             jobs = {"predict": recognise, "read": recognise, "submit": submit}
             return jobs.get(config.job, run_job)(config)
     except Failure as failure:

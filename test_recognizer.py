@@ -653,7 +653,9 @@ def test_csv_of_something_else(kind: str, arrays: Arrays, tmp_path: Path, monkey
         monkeypatch.setattr(program, "MAX_ROWS", 99)
     elif kind != "one label":
         path.write_text({"empty": "", "header": path.read_text().split("\n")[0], "narrow": "1,2\n3,4\n"}[kind])
-    assert str(path) in refused("--data", path, "--output-dir", tmp_path / "out")
+    line = refused("--data", path, "--output-dir", tmp_path / "out")
+    assert str(path) in line
+    assert ("has no rows" in line) == (kind == "header")
 
 
 MISSING = """--data {}/nowhere.npz|--data {}/nowhere/digits|--data {}/empty|--data {}/pipe|--data {}/loop
@@ -1377,6 +1379,16 @@ def test_a_damaged_metrics_file_costs_nothing(content: str, earlier: Path, tiny:
     (earlier / "metrics.json").write_text(content)
     flags = "--data", tiny, "--output-dir", earlier, "--model-file", earlier / "model.keras", "--no-plots", "--quiet"
     code, out, err = call("--evaluate", *flags)
+    assert (code, err) == (0, "")
+    assert only_line(out)
+
+
+def test_a_data_file_with_a_strange_name(earlier: Path, tiny: Path, tmp_path: Path) -> None:
+    """The name stands in titles, and in the one line of a quiet run."""
+    path = Path(shutil.copy(tiny, tmp_path / "a$c$.npz"))
+    with contextlib.suppress(OSError, UnicodeError):  # some file systems have no such names
+        path = path.rename(path.with_name("a\n$c$ \udcff.npz"))
+    code, out, err = call("--evaluate", "--data", path, "--output-dir", earlier, "--quiet")
     assert (code, err) == (0, "")
     assert only_line(out)
 
