@@ -372,8 +372,7 @@ def distort(images: tf.Tensor, pixels: float, seed: tf.Tensor) -> tf.Tensor:
     count = tf.shape(images)[0]
     field = tf.random.stateless_normal([count, 7, 7, 2], seed) * pixels  # a coarse grid, enlarged below
     down, right = tf.unstack(tf.image.resize(field, [28, 28], method="bicubic"), axis=-1)
-    indices = tf.meshgrid(tf.range(count), tf.range(28), tf.range(28), indexing="ij")
-    image, row, column = (tf.cast(index, tf.float32) for index in indices)
+    image, row, column = tf.meshgrid(*(tf.range(n, dtype=tf.float32) for n in (count, 28, 28)), indexing="ij")
     places = tf.stack([image, row + down, column + right])
     return keras.ops.image.map_coordinates(images[..., 0], places, order=1, fill_mode="nearest")[..., tf.newaxis]
 
@@ -1608,7 +1607,7 @@ def scale_mark(mark: Piece, zoom: float) -> tuple[Piece, np.ndarray]:
     """A mark scaled as its line is, with a margin of 3 px and thickened strokes; its ink before they were thickened."""
     size = max(2, round(mark.ink.shape[1] * zoom)), max(2, round(mark.ink.shape[0] * zoom))
     ink = scipy.ndimage.grey_dilation(mark.ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
-    ink = np.pad(Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.BILINEAR), 3)
+    ink = np.pad(Image.fromarray(ink).resize(size, Image.Resampling.BILINEAR), 3)
     margin = max(0.0, MIN_STROKE * LINE_HEIGHT / BOX_SIDE - stroke_width(ink)) / 2
     outside = scipy.ndimage.distance_transform_edt(ink < 0.5)
     thick = np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
@@ -2162,12 +2161,11 @@ def convert_to_tflite(model: keras.Model, images: np.ndarray) -> bytes:
         model = build_ensemble([narrow(network, images) for network in networks_of(model)])
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = examples = lambda: ([image[np.newaxis]] for image in normalise(images))
+    converter.representative_dataset = lambda: ([image[np.newaxis]] for image in normalise(images))
     # Softmax stays in float: in 8 bits, its smallest probability but 0 would be 1/256.
-    tools = tf.lite.experimental
-    options = tools.QuantizationDebugOptions(denylisted_ops=["SOFTMAX"])
+    options = tf.lite.experimental.QuantizationDebugOptions(denylisted_ops=["SOFTMAX"])
     with contextlib.redirect_stdout(io.StringIO()):  # it lists all tensors
-        quantiser = tools.QuantizationDebugger(converter=converter, debug_dataset=examples, debug_options=options)
+        quantiser = tf.lite.experimental.QuantizationDebugger(converter=converter, debug_options=options)
     return bytes(quantiser.get_nondebug_quantized_model())
 
 
