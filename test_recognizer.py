@@ -877,6 +877,11 @@ def test_readme_lists_the_flags() -> None:
     assert listed | {"--help"} == flags_of_help()
 
 
+def test_the_headline_is_that_of_the_readme() -> None:
+    [accuracy] = re.findall(r"--seed S`, S from 0 to 4 \| (\S+%)", README)
+    assert f"{accuracy} of MNIST's test images" in str(program.__doc__)
+
+
 def test_the_promises_of_the_readme_have_tests() -> None:
     named = set(re.findall(r"`(test_\w+)`", README))
     assert set() < named <= set(globals())
