@@ -83,7 +83,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512,
 libraries = "keras scipy tensorflow matplotlib matplotlib.figure PIL.Image PIL.ImageOps fcntl resource".split()
 keras, scipy, tf, matplotlib, mpl_figure, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
-VERSION = "1.6.2"
+VERSION = "1.6.3"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -1289,7 +1289,7 @@ def estimate_background(dark: np.ndarray) -> np.ndarray:
 
 
 def remove_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
-    """Remove thin near-horizontal lines that cross the picture, except where a taller stroke crosses them."""
+    """Remove thin near-horizontal lines that cross the picture, except where a taller or darker stroke crosses them."""
     inked = scipy.ndimage.binary_dilation(ink > blank, np.ones((3, 1)))
     if min(ink.shape) < 64 or inked.any(0).mean() < 0.8 or inked.mean() > 0.5:  # no line crosses it, or no drawing
         return ink
@@ -1303,9 +1303,12 @@ def remove_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
     line = line_at(best, *np.indices(ink.shape))
     length = np.bincount(line.ravel())  # shorter where a line leaves by the top or the bottom
     ruled = (np.bincount(line[inked], minlength=length.size) > 0.8 * length) & (length > 0.2 * width)
+    if not ruled.any():
+        return ink
     thickest = max(2, round(0.008 * min(ink.shape)))
     without = scipy.ndimage.grey_opening(ink, size=(2 * thickest + 1, 1))  # only what is taller than a line
-    return np.where(scipy.ndimage.binary_dilation(ruled, iterations=2)[line], without, ink)
+    pale = ink < 1.5 * np.quantile(ink[ruled[line]], 0.75)  # as the lines are; what is darker is a stroke
+    return np.where(pale & scipy.ndimage.binary_dilation(ruled, iterations=2)[line], without, ink)
 
 
 def find_parts(inked: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

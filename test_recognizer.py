@@ -1869,6 +1869,9 @@ SHEETS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
         photograph(ink, rng), ((50, 60), (70, 40), (0, 0)), constant_values=18
     ),
     "a box": lambda ink, rng: photograph(np.pad(np.pad(ink, 8, constant_values=1), 40), rng),
+    "squared paper": lambda ink, rng: photograph(
+        np.maximum(np.pad(ink, 250), 0.35 * (np.indices(np.add(ink.shape, 500)) % 27 < 3).any(axis=0)), rng
+    ),
     "a page of A4": lambda ink, rng: np.pad(
         (255 * (1 - ink)).astype(np.uint8), ((300, 3208 - len(ink)), (400, 2080 - ink.shape[1])), constant_values=255
     ),
