@@ -1576,8 +1576,10 @@ def sort_marks(ink: np.ndarray) -> list[tuple[list[Piece], float]]:
     order = order[np.argsort(height[order])]
     if not len(order):
         return []
-    usual = height[order][np.searchsorted(np.cumsum(mass[order]), mass[order].sum() / 2)]  # half of the ink is higher
-    order = order[(height[order] < 1.5 * usual) | (width[order] > 0.2 * height[order])]  # not the sides of a box
+    narrow = width[order] < 0.2 * height[order]
+    ink_up_to = np.cumsum(np.where(narrow, 0.01, 1) * mass[order])
+    usual = height[order][np.searchsorted(ink_up_to, ink_up_to[-1] / 2)]  # half of the ink, but for ones, is higher
+    order = order[~narrow | (height[order] < 1.3 * usual)]  # not the sides of a box
     high = height[order] > 0.45 * usual
     small = order[~high & (np.maximum(height, width)[order] > 0.12 * usual)]
     found = []

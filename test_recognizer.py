@@ -1837,6 +1837,13 @@ def write(*lines: str, height: int = 48, gap: float = 0.25, leading: float = 0.6
     return np.pad(np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]))) for row in rows]), 30)
 
 
+def boxes_around_lines(ink: np.ndarray) -> np.ndarray:
+    """For two lines of `write`: boxes as wide as the picture, little higher than the digits."""
+    inside = np.zeros((62, ink.shape[1] - 26))
+    boxes = np.tile(np.pad(np.pad(inside, 3, constant_values=1), ((0, 9), (10, 10))), (2, 1))
+    return np.pad(boxes, ((48, len(ink) - 48 - len(boxes)), (0, 0)))
+
+
 def look_alike(model: object, images: np.ndarray) -> np.ndarray:
     """In place of a network: sure of what is like one of the drawn digits, undecided about anything else."""
     known = [WRITTEN[0][np.argmax(WRITTEN[1] == digit)] for digit in range(10)]
@@ -1869,6 +1876,7 @@ SHEETS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
         photograph(ink, rng), ((50, 60), (70, 40), (0, 0)), constant_values=18
     ),
     "a box": lambda ink, rng: photograph(np.pad(np.pad(ink, 8, constant_values=1), 40), rng),
+    "a box around each line": lambda ink, rng: photograph(np.maximum(ink, boxes_around_lines(ink)), rng),
     "squared paper": lambda ink, rng: photograph(
         np.maximum(np.pad(ink, 250), 0.35 * (np.indices(np.add(ink.shape, 500)) % 27 < 3).any(axis=0)), rng
     ),
