@@ -891,7 +891,8 @@ def plot_numbers(path: Path, pictures: Sequence[tuple[str, np.ndarray, list]]) -
             show_image(axes, image, name)
             for text, ((left, top), (right, bottom)), doubtful in marks:
                 size = np.clip(130 * (bottom - top) / max(image.shape), 5, 10)  # fits between lines
-                axes.text(left, top, text, fontsize=size, fontweight="bold", color=BLUE, va="bottom")
+                ground = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5}  # the picture may be dark
+                axes.text(left, top, text, size=size, fontweight="bold", color=BLUE, va="bottom", bbox=ground)
                 for colour, (a, b, c, d) in [(BLUE, (left, top, right, bottom)), *((RED, box) for box in doubtful)]:
                     axes.plot([a, c, c, a, a], [b, b, d, d, b], color=colour, linewidth=1.2)
 
