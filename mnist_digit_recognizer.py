@@ -83,7 +83,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512,
 libraries = "keras scipy tensorflow matplotlib matplotlib.figure PIL.Image PIL.ImageOps fcntl resource".split()
 keras, scipy, tf, matplotlib, mpl_figure, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
-VERSION = "1.6.3"
+VERSION = "1.6.4"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -1289,12 +1289,34 @@ def estimate_background(dark: np.ndarray) -> np.ndarray:
     return np.asarray(smooth.resize(dark.shape[::-1], Image.Resampling.BILINEAR))
 
 
-def remove_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
-    """Remove thin near-horizontal lines that cross the picture, except where a taller or darker stroke crosses them."""
-    inked = scipy.ndimage.binary_dilation(ink > blank, np.ones((3, 1)))
-    if min(ink.shape) < 64 or inked.any(0).mean() < 0.8 or inked.mean() > 0.5:  # no line crosses it, or no drawing
+def remove_lines(ink: np.ndarray, blank: float) -> np.ndarray:
+    """Remove boxes and tables, also where what is in them touches their lines, and lines that cross the picture."""
+    if min(ink.shape) < 64 or (ink > blank).mean() > 0.4:  # no lines, or no drawing
         return ink
-    width = ink.shape[1]
+    ink, (labels, starts, stops) = ink.copy(), find_parts(ink > blank)
+    for mark, ((left, top), (right, bottom)) in enumerate(zip(starts, stops, strict=True), start=1):
+        outline = np.pad(labels[top:bottom, left:right] == mark, 1)
+        inside = scipy.ndimage.binary_fill_holes(outline)
+        depth = np.ceil(scipy.ndimage.distance_transform_edt(inside)).astype(int)  # 1 along the outline
+        inked, pixels = np.bincount(depth[outline], minlength=depth.max() + 1), np.bincount(depth.ravel())
+        thick = int(np.argmax(inked[1:] < 0.6 * pixels[1:]))  # of its outer lines; 0 if it has no hole
+        if not 1 <= thick <= 0.1 * min(inside.shape):
+            continue
+        crop, edge = np.pad(ink[top:bottom, left:right], 1), inside & (depth <= thick + 1)
+        rest = remove_ruled_lines(remove_ruled_lines(crop, inside, blank, thick).T, inside.T, blank, thick).T
+        if rest[edge].sum() < 0.2 * crop[edge].sum() < rest[inside & ~edge].sum():  # a box, around something
+            bits = (rest > blank) & inside & (depth <= 2 * thick)
+            bits &= ~scipy.ndimage.binary_propagation((rest > blank) & ~bits, mask=rest > blank)
+            ink[top:bottom, left:right] = np.where(bits, 0, rest)[1:-1, 1:-1]
+    everywhere, thickest = np.ones(ink.shape, bool), max(2, round(0.008 * min(ink.shape)))
+    return remove_ruled_lines(remove_ruled_lines(ink, everywhere, blank, thickest).T, everywhere.T, blank, thickest).T
+
+
+def remove_ruled_lines(ink: np.ndarray, inside: np.ndarray, blank: float, thickest: int) -> np.ndarray:
+    """Remove thin near-horizontal lines that cross a region, a mask, except where a taller or darker stroke crosses."""
+    inked, width = inside & scipy.ndimage.binary_dilation(ink > blank, np.ones((3, 1))), ink.shape[1]
+    if inked.any(0).mean() < 0.8:  # no line crosses it
+        return ink
 
     def line_at(slope: float, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         return np.round(rows + slope * (width / 2 - columns)).astype(int) + width  # + width: none is negative
@@ -1302,13 +1324,12 @@ def remove_ruled_lines(ink: np.ndarray, blank: float) -> np.ndarray:
     places, slopes = np.nonzero(inked), np.linspace(-0.25, 0.25, 101)
     best = max(slopes, key=lambda slope: np.square(np.bincount(line_at(slope, *places))).sum())  # where ink lines up
     line = line_at(best, *np.indices(ink.shape))
-    length = np.bincount(line.ravel())  # shorter where a line leaves by the top or the bottom
+    length = np.bincount(line[inside], minlength=line.max() + 1)  # shorter where it leaves by the top or the bottom
     ruled = (np.bincount(line[inked], minlength=length.size) > 0.8 * length) & (length > 0.2 * width)
     if not ruled.any():
         return ink
-    thickest = max(2, round(0.008 * min(ink.shape)))
     without = scipy.ndimage.grey_opening(ink, size=(2 * thickest + 1, 1))  # only what is taller than a line
-    pale = ink < 1.5 * np.quantile(ink[ruled[line]], 0.75)  # as the lines are; what is darker is a stroke
+    pale = ink < 1.5 * np.quantile(ink[ruled[line] & inked], 0.75)  # as the lines are; what is darker is a stroke
     return np.where(pale & scipy.ndimage.binary_dilation(ruled, iterations=2)[line], without, ink)
 
 
@@ -1351,7 +1372,7 @@ def segment_ink(grey: np.ndarray, several: bool = False) -> np.ndarray:
     ink = (paper - dark) / np.maximum(paper, 0.25)  # the share of light absorbed: the same in light and shade
     low, middle = np.quantile(ink, [0.2, 0.4])  # both are paper, unless the picture is mostly ink
     blank = max(MIN_CONTRAST / 2, middle + 9 * (middle - low))  # above what noise reaches
-    ink = remove_ruled_lines(remove_ruled_lines(ink, blank).T, blank).T
+    ink = remove_lines(ink, blank)
     kept = select_parts(ink, blank, several)
     full = np.quantile(ink[kept], 0.75) if kept.any() else 0
     if full < MIN_CONTRAST * np.sqrt(max(1, COARSE_SIDE / max(ink.shape))):  # light is less even in a tiny picture

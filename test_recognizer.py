@@ -1904,6 +1904,21 @@ def test_numbers_are_read_line_by_line(sheet: str, read: Callable[..., tuple[int
     assert numbers_of(out) == [(1, "0072"), (1, "45"), (2, "380"), (2, "1926")]
 
 
+@pytest.mark.parametrize("turn", [0, -5])
+def test_digits_may_touch_their_boxes(turn: int, read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    ink = ndimage.zoom(write("3806", gap=0.4), 3, order=1)
+    (top, *_, bottom), columns = (np.flatnonzero(ink.max(axis=axis) > 0.3) for axis in (1, 0))
+    gaps = np.flatnonzero(np.diff(columns) > 1)
+    boxes = np.zeros_like(ink)
+    for side in (columns[0] - 5, *(columns[gaps] + columns[gaps + 1]) // 2, columns[-1] + 5):
+        boxes[top : bottom + 1, side - 1 : side + 2] = 1
+    boxes[[top - 1, top, bottom, bottom + 1], columns[0] - 6 : columns[-1] + 7] = 1
+    assert ndimage.label(np.maximum(ink, boxes) > 0.3)[1] == 1
+    sheet = np.pad(ndimage.rotate(np.maximum(ink, boxes).clip(0, 1), turn, order=1), 40)
+    Image.fromarray(photograph(sheet, np.random.default_rng(1))).save(tmp_path / "a.png")
+    assert numbers_of(read(tmp_path / "a.png")[1]) == [(1, "3806")]
+
+
 def test_digits_that_touch_are_cut_apart(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     numbers = ["274", "3805", "60"]
     inks = [write(number, gap=-0.05) for number in numbers]
