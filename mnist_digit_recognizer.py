@@ -1291,29 +1291,41 @@ def estimate_background(dark: np.ndarray) -> np.ndarray:
 
 def remove_lines(ink: np.ndarray, blank: float) -> np.ndarray:
     """Remove boxes and tables, also where what is in them touches their lines, and lines that cross the picture."""
-    if min(ink.shape) < 64 or (ink > blank).mean() > 0.4:  # no lines, or no drawing
+    if min(ink.shape) < 64 or (ink > blank).mean() > 0.4:  # too small for lines, or no drawing
         return ink
     ink, (labels, starts, stops) = ink.copy(), find_parts(ink > blank)
-    for mark, ((left, top), (right, bottom)) in enumerate(zip(starts, stops, strict=True), start=1):
-        outline = np.pad(labels[top:bottom, left:right] == mark, 1)
-        inside = scipy.ndimage.binary_fill_holes(outline)
-        depth = np.ceil(scipy.ndimage.distance_transform_edt(inside)).astype(int)  # 1 along the outline
-        inked, pixels = np.bincount(depth[outline], minlength=depth.max() + 1), np.bincount(depth.ravel())
-        thick = int(np.argmax(inked[1:] < 0.6 * pixels[1:]))  # of its outer lines; 0 if it has no hole
-        if not 1 <= thick <= 0.1 * min(inside.shape):
-            continue
-        crop, edge = np.pad(ink[top:bottom, left:right], 1), inside & (depth <= thick + 1)
-        rest = remove_ruled_lines(remove_ruled_lines(crop, inside, blank, thick).T, inside.T, blank, thick).T
-        if rest[edge].sum() < 0.2 * crop[edge].sum() < rest[inside & ~edge].sum():  # a box, around something
+    for mark in np.flatnonzero((stops - starts).min(axis=1) >= 8):  # in a smaller one, no line is thin
+        (left, top), (right, bottom) = starts[mark], stops[mark]
+        place = np.s_[top:bottom, left:right]
+        ink[place] = remove_box(ink[place], labels[place] == mark + 1, blank)
+    return remove_ruled_lines(ink, np.ones(ink.shape, bool), blank, max(2, round(0.008 * min(ink.shape))))
+
+
+def remove_box(ink: np.ndarray, mark: np.ndarray, blank: float) -> np.ndarray:
+    """Remove the lines of a mark, a mask, from the ink where it lies, if it is a box or a table around something."""
+    ink, mark = np.pad(ink, 1), np.pad(mark, 1)
+    inside = scipy.ndimage.binary_fill_holes(mark)
+    depth = np.ceil(scipy.ndimage.distance_transform_edt(inside)).astype(int)  # 1 along the outline
+    inked, pixels = np.bincount(depth[mark], minlength=depth.max() + 1), np.bincount(depth.ravel())
+    thick = int(np.argmax(inked[1:] < 0.6 * pixels[1:]))  # of its outer lines; 0 if it has no hole
+    if 1 <= thick <= 0.1 * min(ink.shape):
+        edge = inside & (depth <= thick + 1)
+        rest = remove_ruled_lines(ink, inside, blank, thick)
+        if rest[edge].sum() < 0.2 * ink[edge].sum() < rest[inside & ~edge].sum():
             bits = (rest > blank) & inside & (depth <= 2 * thick)
             bits &= ~scipy.ndimage.binary_propagation((rest > blank) & ~bits, mask=rest > blank)
-            ink[top:bottom, left:right] = np.where(bits, 0, rest)[1:-1, 1:-1]
-    everywhere, thickest = np.ones(ink.shape, bool), max(2, round(0.008 * min(ink.shape)))
-    return remove_ruled_lines(remove_ruled_lines(ink, everywhere, blank, thickest).T, everywhere.T, blank, thickest).T
+            ink = np.where(bits, 0, rest)
+    return ink[1:-1, 1:-1]
 
 
 def remove_ruled_lines(ink: np.ndarray, inside: np.ndarray, blank: float, thickest: int) -> np.ndarray:
-    """Remove thin near-horizontal lines that cross a region, a mask, except where a taller or darker stroke crosses."""
+    """Remove thin lines that cross a region, a mask, from side to side or from top to bottom; `thickest` in pixels."""
+    level = remove_level_lines(ink, inside, blank, thickest)
+    return remove_level_lines(level.T, inside.T, blank, thickest).T
+
+
+def remove_level_lines(ink: np.ndarray, inside: np.ndarray, blank: float, thickest: int) -> np.ndarray:
+    """Remove thin near-horizontal lines that cross a region, except where a taller or darker stroke crosses them."""
     inked, width = inside & scipy.ndimage.binary_dilation(ink > blank, np.ones((3, 1))), ink.shape[1]
     if inked.any(0).mean() < 0.8:  # no line crosses it
         return ink

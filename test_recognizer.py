@@ -1913,9 +1913,10 @@ def test_digits_may_touch_their_boxes(turn: int, read: Callable[..., tuple[int, 
     for side in (columns[0] - 5, *(columns[gaps] + columns[gaps + 1]) // 2, columns[-1] + 5):
         boxes[top : bottom + 1, side - 1 : side + 2] = 1
     boxes[[top - 1, top, bottom, bottom + 1], columns[0] - 6 : columns[-1] + 7] = 1
-    assert ndimage.label(np.maximum(ink, boxes) > 0.3)[1] == 1
-    sheet = np.pad(ndimage.rotate(np.maximum(ink, boxes).clip(0, 1), turn, order=1), 40)
-    Image.fromarray(photograph(sheet, np.random.default_rng(1))).save(tmp_path / "a.png")
+    sheet = np.maximum(ink, boxes)
+    assert ndimage.label(sheet > 0.3)[1] == 1
+    turned = np.pad(ndimage.rotate(sheet, turn, order=1), 40)
+    Image.fromarray(photograph(turned, np.random.default_rng(1))).save(tmp_path / "a.png")
     assert numbers_of(read(tmp_path / "a.png")[1]) == [(1, "3806")]
 
 
