@@ -2380,7 +2380,7 @@ def run_job(config: Config) -> int:
         checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(results.iterdir())}
         write_json(results / "metrics.json", metrics | {"files": about.get("files", {}) | checksums})
     if job is train:
-        remove(config.output_dir / CHECKPOINTS)
+        shutil.rmtree(config.output_dir / CHECKPOINTS, ignore_errors=True)
     log("\n" + "\n".join(f"{topic:<12} {text}" for topic, text in summarise(metrics)))
     say(metrics["summary"])
     append_run(config.output_dir, runs[-1])

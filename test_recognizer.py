@@ -2605,6 +2605,21 @@ def test_each_finished_run_adds_a_row(train: Train, tiny: Path, tmp_path: Path) 
     assert [row["exit_code"] for row in read_rows(out / "runs.csv")] == ["3", "3", "0"]
 
 
+def test_checkpoints_that_cannot_be_removed_cost_nothing(train: Train, monkeypatch: Patch) -> None:
+    """As on a network file system that keeps files which are still open; the results are in place by then."""
+    remove_folder = os.rmdir
+
+    def rmdir(path: Any, **options: Any) -> None:
+        if Path(path).name == ".checkpoint":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        remove_folder(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    run = train()
+    assert run.stderr == ""
+    assert len(read_rows(run.folder / "runs.csv")) == 1
+
+
 # Ensembles, several devices
 
 
