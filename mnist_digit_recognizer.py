@@ -1036,7 +1036,7 @@ def cut_between(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -
     row[:, : left.shape[1]] = np.maximum(row[:, : left.shape[1]], left)
     start, stop = rng.uniform(0.3, 0.7) * left.shape[1], place + rng.uniform(0.3, 0.7) * right.shape[1]
     start, stop = ((0, stop), (start, row.shape[1]), (start, stop), (0, row.shape[1]))[rng.integers(4)]
-    return frame_digit(row[:, int(start) : math.ceil(stop)] / 255)
+    return frame_digit(row[:, int(start) : max(int(start) + 1, math.ceil(stop))] / 255)  # a column at least
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1046,6 +1046,13 @@ def test_mlp_learns(train: Train, trained: Run) -> None:
     assert run.metrics.keys() == trained.metrics.keys()
 
 
+def test_images_of_zeros_and_ones(arrays: Arrays, tmp_path: Path) -> None:
+    """Faint, but valid: no error comes of the non-digits that are made of them."""
+    dark = {name: array > 100 if name.startswith("x") else array for name, array in arrays.items()}
+    np.savez(tmp_path / "dark.npz", **{name: array.astype(np.uint8) for name, array in dark.items()})
+    train_small(tmp_path / "dark.npz", tmp_path / "out", "--epochs", 1, "--no-plots")
+
+
 @pytest.mark.slow
 def test_few_images(tiny: Path, tmp_path: Path) -> None:
     """Not every digit is among them, and they do not fill a batch."""
