@@ -1145,10 +1145,10 @@ def read_csv(path: Path) -> np.ndarray:
 
     def rows_of(stream: TextIO) -> Iterator[str]:
         nonlocal row
-        for index, line in enumerate(iter(lambda: stream.readline(MAX_CSV_LINE), "")):
+        for index, line in enumerate(filter(str.strip, iter(lambda: stream.readline(MAX_CSV_LINE), ""))):
             names = index == 0 and sum(field.strip().isdigit() for field in line.split(",")[:9]) < 5
             numbers = index == 0 and re.search(r",78[34]\s*$", line)  # of the columns, as pandas writes them
-            if line.isspace() or names or numbers:
+            if names or numbers:
                 continue
             row += 1
             if row > MAX_ROWS:

@@ -574,11 +574,11 @@ def test_csv_of_labels_and_pixels(ending: str, header: bool, arrays: Arrays, tmp
 
 
 def test_csv_with_numbers_as_header(arrays: Arrays, tmp_path: Path) -> None:
-    """Such files come from a pandas table whose columns have no names."""
+    """Such files come from a pandas table whose columns have no names. An empty line above it does no harm."""
     x, y = arrays["x_train"], arrays["y_train"]
     train, test = write_csv(tmp_path / "train.csv", x, y), write_csv(tmp_path / "test.csv", arrays["x_test"])
     for path in (train, test):
-        path.write_text(path.read_text().replace("pixel", ""))
+        path.write_text("\n" + path.read_text().replace("pixel", ""))
     assert equal_digits(program.load_digits(str(train)), x[:-171], y[:-171], x[-171:], y[-171:])
     assert equal_arrays([program.read_csv(test)], [arrays["x_test"].reshape(-1, 784)])
 
