@@ -1670,7 +1670,7 @@ def cut_mark(mark: Piece, thin: np.ndarray, slant: float | None) -> list[Piece]:
 
 def find_cuts(ink: np.ndarray, slant: float) -> np.ndarray:
     """Paths along little ink from the top to the bottom of a mark: columns, int (cuts, height)."""
-    (y, x), height = np.nonzero(ink > 0.5), len(ink)
+    (y, x), height = np.nonzero(ink > 0.5 * ink.max()), len(ink)
     upright = x + slant * (y - height / 2)
     starts = np.arange(upright.min() + CUT_STEP, upright.max(), CUT_STEP)
     reach = np.arange(-CUT_REACH, CUT_REACH + 1)

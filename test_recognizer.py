@@ -2026,6 +2026,18 @@ def test_a_page_of_handwriting_is_not_cut_in_all_places(monkeypatch: Patch) -> N
     assert candidates[1] < 0.1 * candidates[0]
 
 
+def test_a_pale_mark_beside_dark_ones(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """A thin grey frame on a form, which is wide enough to be cut, and fades where it is scaled."""
+    picture = Image.new("L", (500, 200), 255)
+    pencil = ImageDraw.Draw(picture)
+    for x in (50, 100, 150):
+        pencil.line((x, 50, x, 150), fill=0, width=8)
+    pencil.rectangle((240, 50, 400, 150), outline=122)
+    pencil.line((240, 50, 400, 150), fill=122)
+    picture.save(tmp_path / "a.png")
+    assert (0, "") == read(tmp_path / "a.png")[::2]
+
+
 def test_numbers_in_pictures_of_extreme_sizes(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     pictures = []
     for height, width in ((1, 1), (2, 2), (1, 3000), (3000, 1), (5, 800), (64, 2000), (3, 40), (300, 300)):
