@@ -242,27 +242,26 @@ def load_digits(source: str) -> Digits:
         # One seed for all runs: like MNIST, the data set stays the same while --seed varies the training.
         images, labels = synthetic_digits(DRAWN_TRAINING + DRAWN_TEST, seed=0)
         arrays = images[:DRAWN_TRAINING], labels[:DRAWN_TRAINING], images[DRAWN_TRAINING:], labels[DRAWN_TRAINING:]
-        return name_digits(arrays, "synthetic", "strokes drawn by this program")
+        return name_digits(arrays, "strokes drawn by this program", "synthetic")
     stem = Path(os.path.abspath(source).removesuffix(".gz")).stem
     name = printable(f"own-{stem}" if stem in ("mnist", "synthetic") else stem)
     if tables := find_csv(Path(source)):
-        arrays, origin = read_csv_digits(*tables)
-        return name_digits(arrays, name, origin)
+        return name_digits(*read_csv_digits(*tables), name)
     arrays = read_idx_folder(Path(source)) if os.path.isdir(source) else read_npz(Path(source))
-    return name_digits(arrays, name, source)
+    return name_digits(arrays, source, name)
 
 
 def load_mnist() -> Digits:
     """MNIST from Keras' cache, compressed or not, or downloaded into it. Raises Failure if neither works."""
     cache = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")) / "datasets" / "mnist.npz"
     with contextlib.suppress(Failure):  # a missing or damaged copy is downloaded
-        digits = name_digits(read_npz(cache), "", str(cache))
+        digits = name_digits(read_npz(cache), str(cache), "")
         if digits.name == "mnist":
             return digits
-    return name_digits(download_mnist(cache), "keras-mnist", "keras.datasets.mnist")
+    return name_digits(download_mnist(cache), "keras.datasets.mnist", "keras-mnist")
 
 
-def name_digits(arrays: Sequence[np.ndarray], name: str, origin: str) -> Digits:
+def name_digits(arrays: Sequence[np.ndarray], origin: str, name: str) -> Digits:
     """A data set of these four arrays. If they are those of MNIST, bit for bit, it is called mnist, whatever `name`."""
     content = b"".join(str(array.shape).encode() + array.tobytes() for array in arrays)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -594,11 +593,9 @@ def is_finished(history: list[Row], config: Config) -> bool:
 
 def strategy_scope(name: str) -> contextlib.AbstractContextManager:
     """The scope in which a model is built and trained: one device, or several that share each batch."""
-    devices = tf.config.list_logical_devices("GPU")
-    if name == "none" or (name == "auto" and len(devices) < 2):
+    if name == "none" or (name == "auto" and len(tf.config.list_logical_devices("GPU")) < 2):
         return contextlib.nullcontext()
-    devices = devices or tf.config.list_logical_devices("CPU")
-    return tf.distribute.MirroredStrategy([device.name for device in devices]).scope()
+    return tf.distribute.MirroredStrategy().scope()  # on all GPUs; where there is none, on the CPU
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -871,14 +868,13 @@ def draw_card(axes: matplotlib.axes.Axes, card: Card, left: float, right: float,
     axes.text(places.mean(), top - 0.92, " ".join("0123456789"), ha="center", va="top", **style)
 
 
-def cards_of(images: np.ndarray, evaluation: Evaluation, chosen: Iterable[int]) -> list[Card]:
+def cards_of(images: np.ndarray, evaluation: Evaluation, chosen: np.ndarray) -> list[Card]:
     """Cards of the chosen test images: the label, what the network says, and how probable it finds each digit."""
-    cards = []
-    for index in chosen:
-        label, p = evaluation.labels[index], evaluation.probabilities[index]
-        says, right = f"says {p.argmax()}, {p.max():.1%}", p.argmax() == label
-        cards.append((f"label {label}", says, right, [images[index]], p, label))
-    return cards
+    rows = zip(images[chosen], evaluation.labels[chosen], evaluation.probabilities[chosen], strict=True)
+    return [
+        (f"label {label}", f"says {p.argmax()}, {p.max():.1%}", p.argmax() == label, [image], p, label)
+        for image, label, p in rows
+    ]
 
 
 def plot_numbers(path: Path, pictures: Sequence[tuple[str, np.ndarray, list]]) -> None:
@@ -1023,8 +1019,7 @@ def corrupt_digits(images: np.ndarray, labels: np.ndarray, n: int, rng: np.rando
     first, second = pairs = rng.integers(len(images), size=(2, 10 * n + 100))  # about one pair in eight may be spliced
     fit = np.resize(np.flatnonzero(np.isin(10 * labels[first].astype(int) + labels[second], SPLICES)), splices)
     spliced = np.concatenate([images[first[fit], :14], images[second[fit], 14:]], axis=1)
-    miscut = [cut_between(*images[pair], rng) for pair in pairs.T[:miscuts]]
-    miscut = np.reshape(miscut, (-1, 28, 28)).astype(np.uint8)  # also where there are none
+    miscut = np.array([cut_between(*images[pair], rng) for pair in pairs.T[:miscuts]], np.uint8).reshape(-1, 28, 28)
     return rng.permutation(np.concatenate([turned, spliced, miscut]))
 
 
@@ -1450,7 +1445,9 @@ Seen = tuple[np.ndarray, Any]  # in a picture: images for the network, uint8 (n,
 DIGIT_COLUMNS = "path digit confidence score verdict p0 p1 p2 p3 p4 p5 p6 p7 p8 p9".split()
 
 
-def look_at_files(model: keras.Model, paths: Sequence[Path], look: Callable[[Path], Seen]) -> Iterator[tuple]:
+def look_at_files(
+    model: keras.Model, paths: Sequence[Path], look: Callable[[Path], Seen], progress: bool
+) -> Iterator[tuple]:
     """For each path: the path, what else is seen, or a Failure, and the probabilities of the images, (n, 10)."""
 
     def try_to_look(path: Path) -> Seen:
@@ -1467,7 +1464,7 @@ def look_at_files(model: keras.Model, paths: Sequence[Path], look: Callable[[Pat
             probabilities = predict_probabilities(model, together) if len(together) else np.zeros((0, 10))
             parts = np.split(probabilities, np.cumsum([len(each) for each in images])[:-1])
             yield from zip(batch, seen, parts, strict=True)
-            if sys.stderr.isatty() and not sys.stdout.isatty():
+            if progress:
                 say(f"{start + len(batch):,} of {len(paths):,} pictures", sys.stderr)
 
 
@@ -1786,8 +1783,7 @@ def tell_numbers(path: Path, seen: tuple, probabilities: np.ndarray, threshold: 
             text, sure = "".join(digit.text for digit in number), [digit.confidence for digit in number]
             first, last = np.round(corners * shrunk).astype(int)
             digits = " ".join(f"{each:.4f}" for each in sure)
-            where = map(str, [*first, *(last - first)])
-            rows.append([printable(path), str(index), text, f"{math.prod(sure):.4f}", *where, digits])
+            rows.append([printable(path), str(index), text, f"{math.prod(sure):.4f}", *first, *(last - first), digits])
             marks.append((text, corners, boxes[[digit.score < 0 for digit in number]]))
     return rows, (short_name(path), grey, marks)
 
@@ -2228,15 +2224,10 @@ def narrow(network: keras.Model, images: np.ndarray) -> keras.Model:
 
 def measure_tflite(content: bytes, digits: Digits) -> dict[str, float]:
     """How good a TensorFlow Lite model is on the test images, and its size."""
-    interpreter = tf.lite.Interpreter(model_content=content)
-    interpreter.allocate_tensors()
-    (entry,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
-    probabilities = np.empty((len(digits.test_images), 10))
-    for index, image in enumerate(normalise(digits.test_images)):
-        interpreter.set_tensor(entry["index"], image[np.newaxis])
-        interpreter.invoke()
-        probabilities[index] = interpreter.get_tensor(result["index"])[0]
-    evaluation = Evaluation(digits.test_labels, probabilities)
+    classify = tf.lite.Interpreter(model_content=content).get_signature_runner()
+    (entry,), (result,) = classify.get_input_details(), classify.get_output_details()
+    outputs = [classify(**{entry: image[np.newaxis]})[result] for image in normalise(digits.test_images)]
+    evaluation = Evaluation(digits.test_labels, np.concatenate(outputs).astype(np.float64))
     return {"accuracy": evaluation.correct.mean(), "loss": cross_entropy(evaluation), "bytes": len(content)}
 
 
@@ -2328,8 +2319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stop_on_signals(), warnings.catch_warnings(), hold_folder(config.output_dir):
             warnings.simplefilter("ignore")  # what libraries warn of either fails as well, or concerns no user,
             warnings.filterwarnings("error", r"loadtxt\(\)")  # but for this: NumPy 1 makes a 44 of a pixel of 300
-            jobs = {"predict": recognise, "read": recognise, "submit": submit}
-            return jobs.get(config.job, run_job)(config)
+            return {"predict": recognise, "read": recognise, "submit": submit}.get(config.job, run_job)(config)
     except Failure as failure:
         warn(f"error: {failure}")
     except Stopped as stopped:
@@ -2437,8 +2427,7 @@ def evaluate(config: Config, digits: Digits, results: Path, seconds: dict[str, f
     here = read_json(config.output_dir / "metrics.json")
     keys = ("validation_accuracy", "validation_loss", "temperature", "rejection_threshold")
     files = {name: checksum for name, checksum in here.get("files", {}).items() if name not in MEASURED}
-    about = {key: own.get(key) for key in keys} | {"training": here.get("training", here), "files": files}
-    return model, None, about
+    return model, None, {key: own.get(key) for key in keys} | {"training": here.get("training", here), "files": files}
 
 
 def recognise(config: Config) -> int:
@@ -2453,7 +2442,8 @@ def recognise(config: Config) -> int:
             threshold = USUAL_THRESHOLD
             warn(f"WARNING: {config.model_file}: no metrics.json of its run beside it; threshold {threshold} is taken")
         rows, shown, unreadable, several = [columns], [], False, 0
-        for path, seen, probabilities in look_at_files(model, paths, look):
+        progress = sys.stderr.isatty() and not sys.stdout.isatty() and not config.quiet
+        for path, seen, probabilities in look_at_files(model, paths, look, progress):
             if isinstance(seen, Failure):
                 warn(f"error: {seen}")
                 found, unreadable = [], True
@@ -2519,9 +2509,8 @@ def write_data_plots(folder: Path, split: Split, config: Config, dataset: str) -
 def write_evaluation(folder: Path, digits: Digits, evaluation: Evaluation, config: Config) -> None:
     """predictions.csv and the pictures that show how good a model is."""
     labels, images, wrong = evaluation.labels, digits.test_images, np.flatnonzero(~evaluation.correct)
-    columns = labels, evaluation.predictions, (f"{value:.6f}" for value in evaluation.confidences)
-    rows = zip(range(len(labels)), *columns, strict=True)
-    write_csv(folder / "predictions.csv", [["index", "label", "prediction", "confidence"], *rows])
+    columns = range(len(labels)), labels, evaluation.predictions, (f"{value:.6f}" for value in evaluation.confidences)
+    write_csv(folder / "predictions.csv", [["index", "label", "prediction", "confidence"], *zip(*columns, strict=True)])
     if not config.plots:
         return
     title = f"{digits.title}, {len(labels):,} test images: {evaluation.correct.mean():.2%} right, {len(wrong):,} errors"
