@@ -83,7 +83,7 @@ if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512,
 libraries = "keras scipy tensorflow matplotlib matplotlib.figure PIL.Image PIL.ImageOps fcntl resource".split()
 keras, scipy, tf, matplotlib, mpl_figure, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
-VERSION = "1.6.5"
+VERSION = "1.7.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -401,8 +401,10 @@ def build_model(name: str, dropout: float, seed: int) -> keras.Model:
     if name == "mlp":
         body += [layers.Flatten(), *(layers.Dense(10, activation="relu") for _ in range(3))]
     else:
-        for filters, size, pooling in ((32, 5, True), (64, 3, True), (160, 3, False)):  # 28 x 28 -> 12 -> 5 -> 3
-            body += [layers.Conv2D(filters, size, use_bias=False)]
+        # The arrays of the first block are the largest: with ReLU, not normalised, a step takes a tenth less time.
+        body += [layers.Conv2D(32, 5), layers.MaxPooling2D(2), layers.Activation("relu")]  # 28 x 28 -> 12 x 12
+        for filters, pooling in ((64, True), (160, False)):  # -> 5 x 5 -> 3 x 3
+            body += [layers.Conv2D(filters, 3, use_bias=False)]
             # Pooling comes before normalisation, which then has a quarter of the work; no accuracy is lost.
             body += [layers.MaxPooling2D(2)] if pooling else []
             # SiLU (Elfwing, Uchibe, Doya, "Sigmoid-weighted linear units", 2018) ends at a lower loss than ReLU.
@@ -2136,8 +2138,8 @@ def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluatio
     some = np.union1d(np.arange(0, len(evaluation.labels), 5), np.flatnonzero(~evaluation.correct)[:100])
     hidden = last.predict(normalise(digits.test_images[some]), batch_size=500, verbose=0)
     image = digits.test_images[np.argmax(evaluation.labels == 2)]  # is shown, layer by layer
-    ends = [layer.output for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)][:-1]
-    blocks = [keras.Model(network.inputs, end)(normalise(image[np.newaxis]))[0].numpy() for end in ends]
+    ends = [layer.input for layer in network.layers if isinstance(layer, (keras.layers.Conv2D, keras.layers.Flatten))]
+    blocks = [keras.Model(network.inputs, end)(normalise(image[np.newaxis]))[0].numpy() for end in ends[1:]]
     kernel = network.get_weights()[0]  # (5, 5, 1, n) of a convolution; (784, n) of the mlp
     side = math.isqrt(kernel.size // kernel.shape[-1])
     filters, part = kernel.reshape(side, side, -1).transpose(2, 0, 1), Evaluation(*(each[some] for each in evaluation))
