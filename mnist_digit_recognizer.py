@@ -1033,7 +1033,7 @@ def cut_between(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -
     row[:, : left.shape[1]] = np.maximum(row[:, : left.shape[1]], left)
     start, stop = rng.uniform(0.3, 0.7) * left.shape[1], place + rng.uniform(0.3, 0.7) * right.shape[1]
     start, stop = ((0, stop), (start, row.shape[1]), (start, stop), (0, row.shape[1]))[rng.integers(4)]
-    return frame_digit(row[:, int(start) : max(int(start) + 1, math.ceil(stop))] / 255)  # a column at least
+    return frame_digit(row[:, int(start) : math.ceil(stop)] / 255)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1393,10 +1393,10 @@ def segment_ink(grey: np.ndarray, several: bool = False) -> np.ndarray:
 
 def frame_digit(ink: np.ndarray, fit: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
     """Crop ink, float32 (height, width) in [0, 1], fit it in a box, centre it by mass: uint8 (28, 28); 0 if blank."""
-    boxes = scipy.ndimage.find_objects(np.uint8(ink > 0.15))
-    if not boxes:
+    inked = np.uint8(ink > 0.15)
+    if not inked.any():  # also where there are no pixels, of which `find_objects` makes an error
         return np.zeros((DIGIT_SIDE, DIGIT_SIDE), np.uint8)
-    drawn = (fit or fit_in_box)(ink[boxes[0]])
+    drawn = (fit or fit_in_box)(ink[scipy.ndimage.find_objects(inked)[0]])
     top, left = (round(DIGIT_SIDE / 2 + mean) for mean in scipy.ndimage.center_of_mass(drawn))
     digit = np.pad(drawn.astype(np.float64), DIGIT_SIDE)[top : top + DIGIT_SIDE, left : left + DIGIT_SIDE]
     return np.round(255 * digit).astype(np.uint8)
