@@ -2138,6 +2138,7 @@ def write_feature_maps(path: Path, model: keras.Model, digits: Digits, evaluatio
     some = np.union1d(np.arange(0, len(evaluation.labels), 5), np.flatnonzero(~evaluation.correct)[:100])
     hidden = last.predict(normalise(digits.test_images[some]), batch_size=500, verbose=0)
     image = digits.test_images[np.argmax(evaluation.labels == 2)]  # is shown, layer by layer
+    # A block ends where the next convolution, or the flattening, begins; the first of these begins with the image.
     ends = [layer.input for layer in network.layers if isinstance(layer, (keras.layers.Conv2D, keras.layers.Flatten))]
     blocks = [keras.Model(network.inputs, end)(normalise(image[np.newaxis]))[0].numpy() for end in ends[1:]]
     kernel = network.get_weights()[0]  # (5, 5, 1, n) of a convolution; (784, n) of the mlp

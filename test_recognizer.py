@@ -762,11 +762,11 @@ def test_feature_maps_whatever_the_activation(trained: Run, tiny: Path, tmp_path
     """A block ends where the next begins."""
     layers = program.build_model("cnn", 0.0, 0).layers
     body = [keras.layers.ReLU() if isinstance(layer, keras.layers.Activation) else layer for layer in layers]
-    keras.Sequential([keras.Input((28, 28, 1)), *body]).save(tmp_path / "earlier.keras")
-    flags = "--model-file", tmp_path / "earlier.keras", "--data", tiny, "--output-dir", tmp_path / "out"
+    keras.Sequential([keras.Input((28, 28, 1)), *body]).save(tmp_path / "relu.keras")
+    flags = "--model-file", tmp_path / "relu.keras", "--data", tiny, "--output-dir", tmp_path / "out"
     assert call("--evaluate", *flags)[0] == 0
-    own, earlier = (Image.open(folder / "feature_maps.png") for folder in (trained.folder, tmp_path / "out"))
-    assert own.size == earlier.size  # a block of the network that is not found leaves the picture smaller
+    own, other = (Image.open(folder / "feature_maps.png") for folder in (trained.folder, tmp_path / "out"))
+    assert own.size == other.size  # a block of the network that is not found leaves the picture smaller
 
 
 UNREADABLE = {
