@@ -1033,7 +1033,7 @@ def cut_between(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -
     row[:, : left.shape[1]] = np.maximum(row[:, : left.shape[1]], left)
     start, stop = rng.uniform(0.3, 0.7) * left.shape[1], place + rng.uniform(0.3, 0.7) * right.shape[1]
     start, stop = ((0, stop), (start, row.shape[1]), (start, stop), (0, row.shape[1]))[rng.integers(4)]
-    return frame_digit(row[:, int(start) : math.ceil(stop)] / 255)
+    return frame_digit(row[:, int(start) : math.ceil(stop)] / 255, thicken=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1391,12 +1391,13 @@ def segment_ink(grey: np.ndarray, several: bool = False) -> np.ndarray:
     return np.where(drawn, np.clip((ink - middle) / (0.95 * full), 0, 1), 0).astype(np.float32)
 
 
-def frame_digit(ink: np.ndarray, fit: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+def frame_digit(ink: np.ndarray, thicken: bool = True) -> np.ndarray:
     """Crop ink, float32 (height, width) in [0, 1], fit it in a box, centre it by mass: uint8 (28, 28); 0 if blank."""
     inked = np.uint8(ink > 0.15)
     if not inked.any():  # also where there are no pixels, of which `find_objects` makes an error
         return np.zeros((DIGIT_SIDE, DIGIT_SIDE), np.uint8)
-    drawn = (fit or fit_in_box)(ink[scipy.ndimage.find_objects(inked)[0]])
+    drawn = ink[scipy.ndimage.find_objects(inked)[0]]
+    drawn = fit_in_box(drawn) if thicken else scale(drawn, BOX_SIDE)
     top, left = (round(DIGIT_SIDE / 2 + mean) for mean in scipy.ndimage.center_of_mass(drawn))
     digit = np.pad(drawn.astype(np.float64), DIGIT_SIDE)[top : top + DIGIT_SIDE, left : left + DIGIT_SIDE]
     return np.round(255 * digit).astype(np.uint8)
@@ -1710,7 +1711,7 @@ def join_pieces(pieces: Sequence[Piece]) -> tuple[list[float], list[Digit]]:
             for ink, (a, b, c, d), _ in parts:
                 place = union[b - top : d - top, a - left : c - left]
                 np.maximum(place, ink, out=place)
-            image = frame_digit(union, lambda drawn: scale(drawn, BOX_SIDE))
+            image = frame_digit(union, thicken=False)
             candidates.append(Digit(first, stop, image, box, cut))
     return costs, candidates
 
