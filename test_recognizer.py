@@ -1989,7 +1989,7 @@ def test_a_doubtful_number_has_digits_of_one_height(
     mlp: Run, read: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Doubtful marks are a number where they are as high as each other, and a word where they are not."""
-    monkeypatch.setattr(program, "predict_probabilities", doubt_fives(mlp, 2.5))
+    monkeypatch.setattr(program, "predict_probabilities", doubt_fives(mlp, 1.5))
     even = write("55")
     inked = np.flatnonzero(even.max(axis=0) > 0.1)
     first, second = np.split(even, [inked[np.argmax(np.diff(inked) > 1) + 1]], axis=1)
