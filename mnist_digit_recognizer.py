@@ -1864,42 +1864,29 @@ def check_regular_file(path: Path) -> None:
         raise ValueError("the file is empty" if os.path.isfile(path) else "not a regular file")
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came. A BaseException, so that no `except Exception` takes it for an error."""
-
-
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into `Stopped`, so that the run tidies up; a second one ends it at once."""
-    received: list[int] = []
+def stop_on_signals(config: Config) -> Iterator[None]:
+    """At the first SIGINT or SIGTERM, tidy the output folder and end the process; a second one ends it at once."""
+    # An exception would not do: Python drops what is raised while it frees an object, as it often does among imports
+    # and plots, and a C extension that is being loaded turns it into an error of its own.
 
     def stop(number: int, frame: Any) -> None:
-        if number in before:  # else it is the alarm
-            received.append(number)
-            sys.unraisablehook = lambda dropped: None  # see below
-            for each in before:
-                signal.signal(each, signal.SIG_DFL)
-            if hasattr(signal, "setitimer"):  # not on Windows
-                signal.signal(signal.SIGALRM, stop)
-                signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
-        # Python reports and drops what is raised while it frees an object, as it often does among imports and plots.
-        if not isinstance(sys.exc_info()[1], Stopped):  # else it is tidying up
-            raise Stopped(received[0])
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        try:
+            how = "; --resume continues after the last finished epoch" if config.job == "train" else ""
+            warn(f"stopped by {signal.Signals(number).name}{how}")
+            remove(config.output_dir / STAGING)
+            finish_publishing(config.output_dir)
+        finally:
+            os._exit(128 + number)  # without the seconds that TensorFlow takes to tear its pipeline down
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    hook = sys.unraisablehook
     try:
         for number, handler in before.items():
             signal.signal(number, stop if handler != signal.SIG_IGN else handler)  # background jobs ignore SIGINT
         yield
-    except Exception as error:
-        if received:  # a C extension that was being loaded turns it into an error of its own
-            raise Stopped(received[0]) from error
-        raise
     finally:
-        sys.unraisablehook = hook
-        if received and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -1937,7 +1924,7 @@ def stage_results(folder: Path, replaces: Iterable[str]) -> Iterator[Path]:
         (staging / REPLACED).write_text("\n".join(name for name in replaces if not (staging / name).exists()))
         flush_to_disk(*staging.iterdir(), staging)  # so that a power loss leaves all of them, or none
         os.rename(staging, folder / READY)
-    finally:  # also where a signal came after the renaming
+    finally:
         with contextlib.suppress(OSError):
             remove(staging)
         finish_publishing(folder)
@@ -2321,16 +2308,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The program: returns its exit code."""
     config = parse_config(arguments)
     try:
-        with stop_on_signals(), warnings.catch_warnings(), hold_folder(config.output_dir):
+        with hold_folder(config.output_dir), stop_on_signals(config), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what libraries warn of either fails as well, or concerns no user,
             warnings.filterwarnings("error", r"loadtxt\(\)")  # but for this: NumPy 1 makes a 44 of a pixel of 300
             return {"predict": recognise, "read": recognise, "submit": submit}.get(config.job, run_job)(config)
     except Failure as failure:
         warn(f"error: {failure}")
-    except Stopped as stopped:
-        how = "; --resume continues after the last finished epoch" if config.job == "train" else ""
-        warn(f"stopped by {signal.Signals(stopped.args[0]).name}{how}")
-        return 128 + stopped.args[0]
     except OSError as error:
         warn(f"error: {describe(error)} ({error.filename or 'while writing'}); {config.output_dir} is as it was")
     except Exception as error:
@@ -2673,7 +2656,4 @@ WAYS = {label: ways.split("|") for label, ways in re.findall(r"(\w+):([^:]*)\n",
 if __name__ == "__main__":  # below the tables, which it needs
     if sys.stdout is None or hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
         prepare_streams()
-    code = main()
-    if code > 128:
-        os._exit(code)  # a signal does not leave the seconds that TensorFlow takes to tear its pipeline down
-    sys.exit(code)
+    sys.exit(main())

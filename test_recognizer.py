@@ -2280,7 +2280,7 @@ def test_file_systems_without_locks(number: str, goes_on: bool, earlier: Path, t
 
 
 LONG = "--model", "mlp", "--epochs", 40, "--batch-size", 32, "--dropout", 0.1
-STAGES = {"start": ".lock", "training": ".checkpoint/seed0.npz", "end": ".staging/predictions.csv"}
+STAGES = {"start": ".staging", "training": ".checkpoint/seed0.npz", "end": ".staging/predictions.csv"}
 SIGNALS = [("SIGINT", "start"), ("SIGTERM", "end"), ("SIGKILL", "training")]
 
 
@@ -2323,48 +2323,34 @@ def test_a_signal_among_the_imports_shows_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def run_changed(change: str, *flags: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, after some lines of Python that replace parts of it."""
+    start, end = "import signal, sys, mnist_digit_recognizer as program", "sys.exit(program.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", "\n".join([start, change, "program.prepare_streams()", end]), *map(str, flags)]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
 @posix
 @pytest.mark.parametrize("job", ["--seed 1", "--evaluate", "--predict ."])
-def test_a_signal_that_becomes_another_error_is_still_a_signal(
-    job: str, untouched: Path, tiny: Path, monkeypatch: Patch
-) -> None:
-    """C extensions that are being loaded turn whatever is raised into an ImportError; only training is resumable."""
-
-    def stop(*_: Any) -> None:
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        except BaseException:
-            raise ImportError("initialization failed") from None
-
-    monkeypatch.setattr(program, "load_digits" if job == "--seed 1" else "load_model", stop)
-    monkeypatch.chdir(save_pictures(untouched.with_name("pictures"), np.zeros((1, 28, 28), np.uint8)))
-    line = refused(*job.split(), "--data", tiny, "--output-dir", untouched, code=143)
-    assert "SIGTERM" in line
-    assert ("--resume" in line) == (job == "--seed 1")
-
-
-@posix
-def test_a_signal_that_is_dropped_comes_again(untouched: Path, tiny: Path, monkeypatch: Patch) -> None:
-    """Python drops what is raised while it frees an object; nothing is raised a second time into the tidying up."""
-    load, tidied = program.load_digits, []
-
-    class Freed:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-    def load_digits(source: str) -> program.Digits:
-        try:
-            Freed()
-            time.sleep(5)
-            return load(source)
-        finally:
-            time.sleep(1.5)
-            tidied.append(source)
-
-    monkeypatch.setattr(program, "load_digits", load_digits)
-    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # which reports it; pytest's own is another
-    assert "SIGINT" in refused("--data", tiny, "--output-dir", untouched, code=130)
-    assert tidied == [str(tiny)]
+def test_a_signal_at_a_bad_moment_is_still_a_signal(job: str, untouched: Path, tiny: Path) -> None:
+    """Python drops what is raised while it frees an object, libraries make another error of it; not of a signal."""
+    change = """
+class Freed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+def stop(*_):
+    try:
+        Freed()
+    finally:
+        raise ImportError("initialization failed")
+program.load_digits = program.load_model = stop
+"""
+    pictures = save_pictures(untouched.with_name("pictures"), np.zeros((1, 28, 28), np.uint8))
+    done = run_changed(change, *job.split(), "--data", tiny, "--output-dir", untouched, cwd=pictures)
+    assert done.returncode == 143
+    assert "SIGTERM" in only_line(done.stderr)
+    assert ("--resume" in only_line(done.stderr)) == (job == "--seed 1")
 
 
 @posix
@@ -2384,18 +2370,18 @@ def test_a_signal_is_heard_within_a_long_step(tmp_path: Path) -> None:
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_the_process_and_an_ignored_one_does_not(number: int) -> None:
+def test_a_second_signal_ends_the_process_and_an_ignored_one_does_not(number: int, tiny: Path, tmp_path: Path) -> None:
     """While the first one has the run tidied up, the second one has the system's own effect."""
-    before, handlers = signal.getsignal(number), []
-    with contextlib.suppress(program.Stopped), program.stop_on_signals():
-        try:
-            signal.raise_signal(number)
-        finally:
-            handlers += [signal.getsignal(2), signal.getsignal(15)]
-    assert handlers == [signal.SIG_DFL] * 2
-    signal.signal(number, signal.SIG_IGN)
+    change = f"""
+program.load_digits = lambda source: signal.raise_signal({number:d})
+remove = program.remove
+program.remove = lambda path: signal.getsignal(2) or signal.raise_signal(15) or remove(path)
+"""
+    done = run_changed(change, "--data", tiny, "--output-dir", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == -signal.SIGTERM
+    before = signal.signal(number, signal.SIG_IGN)
     try:  # as of a script's background jobs, which Ctrl-C is not meant for
-        with program.stop_on_signals():
+        with program.stop_on_signals(program.parse_config([])):
             signal.raise_signal(number)
     finally:
         assert signal.signal(number, before) == signal.SIG_IGN
