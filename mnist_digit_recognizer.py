@@ -80,8 +80,9 @@ class LazyModule(types.ModuleType):
 os.environ["KERAS_BACKEND"] = "tensorflow"  # also where keras.json names another
 if platform.machine() in ("x86_64", "AMD64"):  # a third faster without AVX-512, where TensorFlow's default is 0
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-libraries = "keras scipy tensorflow matplotlib matplotlib.figure PIL.Image PIL.ImageOps fcntl resource".split()
-keras, scipy, tf, matplotlib, mpl_figure, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
+libraries = "keras scipy tensorflow matplotlib matplotlib.figure matplotlib.backends.backend_agg".split()
+libraries += "PIL.Image PIL.ImageOps fcntl resource".split()
+keras, scipy, tf, matplotlib, mpl_figure, mpl_agg, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
 VERSION = "1.7.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
@@ -709,10 +710,7 @@ def new_figure(file: Path | io.BytesIO, width: float, height: float, title: str,
         figure.text(0.18 / width, 1 - 0.12 / height, title, fontsize=15, fontweight="bold", va="top", parse_math=False)
         figure.text(0.18 / width, 1 - 0.46 / height, subtitle, fontsize=10.5, color=MUTED, va="top")
         yield figure
-        if layout := figure.get_layout_engine():
-            layout.execute(figure)
-            figure.set_layout_engine(None)  # or savefig would do the same twice
-        figure.savefig(file)
+        mpl_agg.FigureCanvasAgg(figure).print_png(file)  # savefig would do the layout twice
 
 
 def show_image(axes: matplotlib.axes.Axes, image: np.ndarray, title: str = "", colours: Any = "gray") -> None:
@@ -1039,7 +1037,7 @@ def cut_between(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -
 # ---------------------------------------------------------------------------------------------------------------------
 # Data files: the download, .npz, CSV and IDX files -> the arrays of a data set. What they hold is checked, not trusted.
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
-IDX_NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")  # in the same order
+IDX_NAMES = "train-images?idx3-ubyte train-labels?idx1-ubyte t10k-images?idx3-ubyte t10k-labels?idx1-ubyte".split()
 MAX_BYTES = 1_000_000 * 28 * 28 + 4096  # an array that is larger is taken for damaged
 MAX_CSV_LINE, MAX_ROWS = 10_000, 1_000_000  # characters of a row; rows
 CSV_ENDINGS = (".csv", ".csv.gz")
@@ -1049,25 +1047,24 @@ DOWNLOAD_PATIENCE_SECONDS = 10  # without a byte; a firewall that swallows packe
 def download_mnist(cache: Path) -> list[np.ndarray]:
     """The arrays of keras.datasets.mnist. Raises Failure where the download fails, or no byte arrives for a while."""
     # A time-out on the socket would not do: name servers and each of a host's many addresses have their own.
-    outcome: list[Any] = []
+    outcome: list[Any] = [f"no data for {DOWNLOAD_PATIENCE_SECONDS} s"]  # until there are arrays, or another reason
 
     def load() -> None:
         keras.config.disable_interactive_logging()  # no progress bar; the setting is that of this thread alone
         try:
-            outcome.append(keras.datasets.mnist.load_data())
+            outcome[0] = keras.datasets.mnist.load_data()
         except Exception as error:
             # Keras says "URL fetch failure on <address>: <code> -- <reason>"; the reason is what a user can act on.
-            outcome.append(describe(error).rpartition("-- ")[2])
+            outcome[0] = describe(error).rpartition("-- ")[2]
 
     folders = cache.parent, Path("/tmp/.keras/datasets")  # Keras takes the second where the first is read-only
     thread = threading.Thread(target=load, daemon=True)
     thread.start()
-    size, last_progress = -1, time.monotonic()
-    while thread.is_alive() and time.monotonic() - last_progress < DOWNLOAD_PATIENCE_SECONDS:
-        thread.join(0.2)
+    before, size = -1, 0
+    while thread.is_alive() and size != before:  # as long as bytes arrive
+        thread.join(DOWNLOAD_PATIENCE_SECONDS)
         before, size = size, sum(part.stat().st_size for folder in folders for part in folder.glob("*mnist.npz*"))
-        last_progress = last_progress if size == before else time.monotonic()
-    result = outcome[0] if outcome else f"no data for {DOWNLOAD_PATIENCE_SECONDS} s"
+    result = outcome[0]
     if isinstance(result, str):
         raise Failure(f"MNIST is unavailable ({result}): put mnist.npz at {cache}, or name a copy with --data FILE.npz")
     return [array for pair in result for array in pair]
@@ -1088,10 +1085,9 @@ def read_idx_folder(folder: Path) -> list[np.ndarray]:
     """The four arrays of MNIST's own file format (IDX), gzipped or not, checked. Raises Failure."""
     paths = []
     for name in IDX_NAMES:
-        spellings = f"{name}-ubyte", f"{name.replace('-idx', '.idx')}-ubyte"
-        found = list(filter(os.path.isfile, (folder / f"{each}{end}" for each in spellings for end in ("", ".gz"))))
+        found = list(filter(os.path.isfile, [*folder.glob(name), *folder.glob(f"{name}.gz")]))
         if not found:
-            raise Failure(f"{folder}: has no {spellings[0]} (or .gz); --data takes auto; {SOURCES}")
+            raise Failure(f"{folder}: has no {name.replace('?', '-')} (or .gz); --data takes auto; {SOURCES}")
         paths.append(found[0])
     return check_digits([read_idx(path) for path in paths], [str(path) for path in paths])
 
@@ -1105,10 +1101,7 @@ def read_idx(path: Path) -> np.ndarray:
         if dimensions is None:
             raise ValueError(f"begins with {magic}, not with 2051 (images) or 2049 (labels): not an IDX file")
         shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
-        found = len(content) - 4 - 4 * dimensions
-        if math.prod(shape) != found:
-            raise ValueError(f"its header declares {math.prod(shape):,} bytes, but it holds {found:,}")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def find_csv(source: Path) -> list[Path]:
@@ -1142,22 +1135,21 @@ def read_csv(path: Path) -> np.ndarray:
 
     def rows_of(stream: TextIO) -> Iterator[str]:
         nonlocal row
-        for index, line in enumerate(filter(str.strip, iter(lambda: stream.readline(MAX_CSV_LINE), ""))):
-            names = index == 0 and sum(field.strip().isdigit() for field in line.split(",")[:9]) < 5
-            numbers = index == 0 and re.search(r",78[34]\s*$", line)  # of the columns, as pandas writes them
-            if names or numbers:
-                continue
-            row += 1
+        lines = filter(str.strip, iter(lambda: stream.readline(MAX_CSV_LINE), ""))
+        first = next(lines, "")
+        names = sum(field.strip().isdigit() for field in first.split(",")[:9]) < 5
+        numbers = re.search(r",78[34]\s*$", first)  # of the columns, as pandas writes them
+        for row, line in enumerate(lines if names or numbers else itertools.chain([first], lines), start=1):
             if row > MAX_ROWS:
                 raise ValueError(f"there are more than {MAX_ROWS:,} rows")
             if line.count(",") not in (783, 784):
                 raise ValueError(f"it has {line.count(',') + 1} numbers")
+            if line.count(",") == 784 and int(line.partition(",")[0]) > 9:
+                raise ValueError(f"the label is {line.partition(',')[0]}, not 0 to 9")
             yield line
 
     with blame(path, "each row is a label and 784 pixels, or 784 pixels: whole numbers to 255, separated by commas"):
         check_regular_file(path)
-        if path.stat().st_size > 4 * MAX_BYTES:
-            raise ValueError(f"has more than {4 * MAX_BYTES:,} bytes")
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as stream:
             try:
@@ -1167,9 +1159,6 @@ def read_csv(path: Path) -> np.ndarray:
                 raise ValueError(f"row {row}: {text}") from error
         if not len(rows):
             raise ValueError("has no rows")
-        if rows.shape[1] == 785 and rows[:, 0].max() > 9:
-            row = int(np.argmax(rows[:, 0] > 9))
-            raise ValueError(f"row {row + 1}: the label is {rows[row, 0]}, not 0 to 9")
     return rows
 
 
@@ -1983,10 +1972,9 @@ def save_checkpoint(path: Path, model: keras.Model, history: list[Row], best_wei
     """Keep all that the next epoch depends on, in one file, renamed into place once it is whole."""
     # Keras' own checkpoints leave out the state of dropout's random numbers, so that a resumed run would differ.
     variables = [variable.numpy() for variable in (*model.variables, *model.optimizer.variables)]
-    temporary = path.with_suffix(".part")
+    temporary = path.with_suffix(".part.npz")
     temporary.unlink(missing_ok=True)  # never write through a link
-    with open(temporary, "wb") as stream:
-        np.savez(stream, np.array(json.dumps(history)), *variables, *best_weights)
+    np.savez(temporary, np.array(json.dumps(history)), *variables, *best_weights)
     flush_to_disk(temporary)
     os.replace(temporary, path)
 
@@ -1999,7 +1987,7 @@ def load_checkpoint(path: Path, model: keras.Model) -> tuple[list[Row], list[np.
         return [], []
     try:
         with np.load(path, allow_pickle=False) as archive:
-            text, *values = (archive[f"arr_{index}"] for index in range(len(archive.files)))
+            text, *values = archive.values()
         history, best_weights = json.loads(str(text)), values[len(variables) :]
         places = [*variables, *(model.weights if best_weights else [])]
         if best_epoch(history) and [place.shape for place in places] != [value.shape for value in values]:
@@ -2266,13 +2254,12 @@ def plot_runs(file: io.BytesIO, dates: Sequence[str], accuracies: Sequence[float
     days, percents = np.array(dates, "datetime64[s]"), 100 * np.array(accuracies)
     lowest, margin = min(percents.min(), 100 * (minimum or 1)), max(np.timedelta64(12, "h"), np.ptp(days) // 50)
     with new_figure(file, 9, 3.4, "Accuracy over time", "Each dot is a run.") as figure:
-        axes = figure.subplots()
+        axes = figure.add_subplot(ylabel="% of the test images")
         axes.plot(days, percents, "o-", color=BLUE, markersize=4)
         if minimum is not None:
             axes.axhline(100 * minimum, color=RED)
         axes.set(xlim=(days.min() - margin, days.max() + margin), ylim=(1.1 * lowest - 10.05, 100.05))
         axes.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(axes.xaxis.get_major_locator()))
-        axes.set_ylabel("% of the test images")
         axes.grid(alpha=0.25)
 
 

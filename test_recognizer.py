@@ -2248,7 +2248,7 @@ def test_nothing_outside_is_changed_through_links(tiny: Path, tmp_path: Path) ->
     flags = "--data", tiny, "--output-dir", out, "--model", "mlp", "--epochs", 2, "--no-plots"
     with killed_at(1):
         call(*flags)
-    for name in ("seed0.part", "seed0.damaged"):
+    for name in ("seed0.part.npz", "seed0.damaged"):
         (out / ".checkpoint" / name).symlink_to(outside / name)
     assert call(*flags, "--resume")[0] == 0
     assert is_whole(out)
