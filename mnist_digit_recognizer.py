@@ -84,7 +84,7 @@ libraries = "keras scipy tensorflow matplotlib matplotlib.figure matplotlib.back
 libraries += "PIL.Image PIL.ImageOps fcntl resource".split()
 keras, scipy, tf, matplotlib, mpl_figure, mpl_agg, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
-VERSION = "1.7.0"
+VERSION = "1.8.0"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -1745,10 +1745,10 @@ def is_word(number: Sequence[Digit], among_numbers: bool = False) -> bool:
     strokes = {("1", False): 0.7, ("1", True): 0.0, ("7", True): 0.5}  # of a text, and whether it is cut off
     scores, tops, heights = np.transpose([(digit.score, digit.box[1], digit.box[3] - digit.box[1]) for digit in number])
     weights = np.array([strokes.get((digit.text, digit.cut), 1.0) for digit in number])
-    evidence = (weights * scores).mean() + 0.4 * scores.min() - 0.7 * np.count_nonzero(weights < 1)
-    evidence -= 4 * (tops.std() + heights.std()) / LINE_HEIGHT
+    evidence = (weights * scores).mean() + 0.4 * scores.min() - np.count_nonzero(weights < 1)
+    evidence -= 5 * (tops.std() + heights.std()) / LINE_HEIGHT
     unread = np.mean([digit.text == "?" for digit in number])
-    return unread > 1 / 3 or evidence < (-1 if among_numbers else 0.75 if len(number) == 1 else 1.25)
+    return unread > 1 / 3 or evidence < (-1 if among_numbers else 0.75 if len(number) == 1 else 1)
 
 
 def look_at_numbers(path: Path) -> Seen:
