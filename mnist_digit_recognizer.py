@@ -1142,14 +1142,17 @@ def read_csv(path: Path) -> np.ndarray:
         for row, line in enumerate(lines if names or numbers else itertools.chain([first], lines), start=1):
             if row > MAX_ROWS:
                 raise ValueError(f"there are more than {MAX_ROWS:,} rows")
-            if line.count(",") not in (783, 784):
-                raise ValueError(f"it has {line.count(',') + 1} numbers")
-            if line.count(",") == 784 and int(line.partition(",")[0]) > 9:
-                raise ValueError(f"the label is {line.partition(',')[0]}, not 0 to 9")
+            commas, label = line.count(","), line.partition(",")[0]
+            if commas not in (783, 784):
+                raise ValueError(f"it has {commas + 1} numbers")
+            if commas == 784 and int(label) > 9:
+                raise ValueError(f"the label is {label}, not 0 to 9")
             yield line
 
     with blame(path, "each row is a label and 784 pixels, or 784 pixels: whole numbers to 255, separated by commas"):
         check_regular_file(path)
+        if path.stat().st_size > 4 * MAX_BYTES:
+            raise ValueError(f"has more than {4 * MAX_BYTES:,} bytes")
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as stream:
             try:
@@ -1865,8 +1868,7 @@ def stop_on_signals(config: Config) -> Iterator[None]:
         try:
             how = "; --resume continues after the last finished epoch" if config.job == "train" else ""
             warn(f"stopped by {signal.Signals(number).name}{how}")
-            remove(config.output_dir / STAGING)
-            finish_publishing(config.output_dir)
+            end_staging(config.output_dir)
         finally:
             os._exit(128 + number)  # without the seconds that TensorFlow takes to tear its pipeline down
 
@@ -1914,9 +1916,14 @@ def stage_results(folder: Path, replaces: Iterable[str]) -> Iterator[Path]:
         flush_to_disk(*staging.iterdir(), staging)  # so that a power loss leaves all of them, or none
         os.rename(staging, folder / READY)
     finally:
-        with contextlib.suppress(OSError):
-            remove(staging)
-        finish_publishing(folder)
+        end_staging(folder)
+
+
+def end_staging(folder: Path) -> None:
+    """Remove results that are not all written yet, and move those that are into place."""
+    with contextlib.suppress(OSError):
+        remove(folder / STAGING)
+    finish_publishing(folder)
 
 
 def finish_publishing(folder: Path) -> None:
