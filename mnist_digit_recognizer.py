@@ -1184,7 +1184,7 @@ def check_digits(arrays: Sequence[np.ndarray], names: Sequence[str]) -> list[np.
 # Pictures: a file -> a 28 x 28 digit as MNIST would have made it -> digit, confidence, verdict
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-PICTURES_AT_ONCE, PICTURES_PER_BATCH = 2, 100  # decoded in parallel; classified together. Both limit the memory used
+PICTURES_PER_BATCH = 100  # classified together; it limits the memory used
 MAX_CARDS = 40  # in external_predictions.png
 MAX_PIXELS = 80_000_000  # larger pictures are refused from their header, before any pixel is decoded
 MAX_SIDE = 1000  # px; larger pictures are shrunk to this as early as the format allows
@@ -1451,7 +1451,8 @@ def look_at_files(
         except Failure as failure:
             return np.zeros((0, 28, 28), np.uint8), failure
 
-    with ThreadPoolExecutor(PICTURES_AT_ONCE) as pool:
+    # The many small arrays of a line only make threads wait for each other; decoding and finding ink gain by two.
+    with ThreadPoolExecutor(1 if look is look_at_numbers else 2) as pool:
         for start in range(0, len(paths), PICTURES_PER_BATCH):
             batch = paths[start : start + PICTURES_PER_BATCH]
             images, seen = zip(*pool.map(try_to_look, batch), strict=True)
