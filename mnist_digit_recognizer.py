@@ -84,7 +84,7 @@ libraries = "keras scipy tensorflow matplotlib matplotlib.figure matplotlib.back
 libraries += "PIL.Image PIL.ImageOps fcntl resource".split()
 keras, scipy, tf, matplotlib, mpl_figure, mpl_agg, Image, ImageOps, fcntl, resource = map(LazyModule, libraries)
 
-VERSION = "1.8.0"
+VERSION = "1.8.1"
 UTC = "%Y-%m-%dT%H:%M:%S+00:00"  # ISO 8601, for time.strftime
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_BELOW_MINIMUM = 0, 1, 2, 3
 
@@ -1506,7 +1506,7 @@ def printable(text: object) -> str:
 # needed. The network says which unions of neighbouring pieces are digits, and the reading is the best way through them
 # (LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998).
 LINE_HEIGHT = 60  # px, to which the digits of a line are scaled before they are cut
-CUT_STEP, CUT_REACH = 3.75, 6  # px from one cut to the next, and how far a cut may swerve to where less ink is
+CUT_STEP, CUT_REACH = 2.5, 6  # px from one cut to the next, and how far a cut may swerve to where less ink is
 CUT_SLANTS = 0.0, 0.3, 0.6  # px to the right for one px up; a line is cut with each of them, and the best reading taken
 MAX_CUT_MARKS = 60  # in a picture; more of them are handwriting, where cuts find no number but take minutes
 NUMBER_COLUMNS = "path line number confidence left top width height digits".split()
@@ -1542,13 +1542,15 @@ def find_lines(grey: np.ndarray) -> list[tuple[list, Callable[[Box], Box]]]:
     level = np.asarray(Image.fromarray(ink).rotate(angle, Image.Resampling.BILINEAR, expand=True))
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     lines, marks_of_lines = [], sort_marks(level)
-    joined = [sum(mark.ink.shape[1] > 1.2 * height for mark in marks) for marks, height in marks_of_lines]
-    for (marks, height), several in zip(marks_of_lines, joined, strict=True):
+    joined = sum(mark.ink.shape[1] > 1.2 * height for marks, height in marks_of_lines for mark in marks)
+    for marks, height in marks_of_lines:
         zoom = LINE_HEIGHT / height
-        slants = CUT_SLANTS if several else CUT_SLANTS[1:2]  # else a mark is hardly more than one digit
-        slants = slants if sum(joined) <= MAX_CUT_MARKS else [None]
         scaled = [scale_mark(mark, zoom) for mark in marks]
-        ways = [join_pieces([piece for mark in scaled for piece in cut_mark(*mark, slant)]) for slant in slants]
+        slants = CUT_SLANTS if joined <= MAX_CUT_MARKS else [None]
+        sliced = [[piece for mark in scaled for piece in cut_mark(*mark, slant)] for slant in slants]
+        # Without a cut, one way is like another; with one, the uncut way is among its unions.
+        sliced = [pieces for pieces in sliced if any(piece.cut for piece in pieces)] or sliced[:1]
+        ways = [join_pieces(pieces) for pieces in sliced]
 
         def place(box: Box, zoom: float = zoom) -> Box:
             x, y = np.array([box[0::2] * 2, np.repeat(box[1::2], 2)]) / zoom - np.reshape(level.shape[::-1], (2, 1)) / 2
@@ -1648,9 +1650,16 @@ def scale_mark(mark: Piece, zoom: float) -> tuple[Piece, np.ndarray]:
 
 
 def cut_mark(mark: Piece, thin: np.ndarray, slant: float | None) -> list[Piece]:
-    """Cut a scaled mark from top to bottom, often, if it is wide and has a slant; `thin` is its ink to cut through."""
-    wide = thin.shape[1] - 6 > 0.9 * LINE_HEIGHT and thin.shape[0] - 6 > 0.4 * LINE_HEIGHT
-    paths = find_cuts(thin, slant) if wide and slant is not None else np.empty((0, len(thin)), int)
+    """Cut a scaled mark from top to bottom, often, if a slant is given; `thin` is its ink to cut through."""
+    height, width = np.array(thin.shape) - 6  # without the margin
+    paths = np.empty((0, len(thin)), int)
+    if slant is not None and width > 0.6 * LINE_HEIGHT and height > 0.4 * LINE_HEIGHT:
+        paths = find_cuts(thin, slant)
+        left = np.arange(thin.shape[1]) < paths[:, :, np.newaxis]
+        tall = [((thin > 0.5) & side).any(axis=2).sum(axis=1) > 0.65 * height for side in (left, ~left)]
+        # Most narrow marks are one digit. Two digits of that width just touch, in about the width of a stroke.
+        shallow = thin[np.arange(len(thin)), paths].sum(axis=1) < 1.8 * stroke_width(thin)
+        paths = paths[tall[0] & tall[1] & (shallow | (width > LINE_HEIGHT))]
     slice_of = (np.arange(thin.shape[1]) >= paths[:, :, np.newaxis]).sum(axis=0)  # how many cuts are to the left
     pieces, (left, top, _, _) = [], mark.box
     for index in range(len(paths) + 1):
@@ -1670,14 +1679,13 @@ def find_cuts(ink: np.ndarray, slant: float) -> np.ndarray:
     lines = starts - slant * (np.arange(height)[:, np.newaxis] - height / 2)
     columns = np.round(lines[..., np.newaxis] + reach).astype(int).clip(0, ink.shape[1] - 1)  # (height, cuts, reach)
     cost = ink[np.arange(height)[:, np.newaxis, np.newaxis], columns] + 0.08 * np.abs(reach)
-    total, came_from = cost[0], []
+    total, came_from = np.pad(cost[0], ((0, 0), (1, 1)), constant_values=np.inf), []
     for row in cost[1:]:  # the cheapest path to each place, from one of the three above it
-        above = np.pad(total, ((0, 0), (1, 1)), constant_values=np.inf)
-        options = np.stack([above[:, :-2] + 0.2, above[:, 1:-1], above[:, 2:] + 0.2])
+        options = np.stack([total[:, :-2] + 0.2, total[:, 1:-1], total[:, 2:] + 0.2])
         came_from.append(options.argmin(axis=0) - 1)
-        total = row + options.min(axis=0)
+        total[:, 1:-1] = row + options.min(axis=0)
     cuts = np.arange(len(starts))
-    path = [total.argmin(axis=1)]
+    path = [total[:, 1:-1].argmin(axis=1)]
     for steps in reversed(came_from):
         path.append(path[-1] + steps[cuts, path[-1]])
     return columns[np.arange(height), cuts[:, np.newaxis], np.transpose(path[::-1])]

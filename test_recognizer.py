@@ -1936,6 +1936,23 @@ def test_digits_that_touch_are_cut_apart(read: Callable[..., tuple[int, str, str
     assert numbers_of(read(save_pictures(tmp_path / "pictures", pictures))[1]) == [(1, number) for number in numbers]
 
 
+@pytest.mark.parametrize("number", ["45", "77", "91", "97"])
+def test_narrow_digits_that_touch_are_cut_apart(number: str) -> None:
+    """Two digits that are together no wider than one is high are cut where they touch, and in few other places."""
+
+    def squeeze(text: str) -> np.ndarray:
+        return ndimage.zoom(write(text, gap=-0.05), (1, 0.55), order=1)
+
+    ink, first = squeeze(number), np.flatnonzero(squeeze(number[0]).max(axis=0) > 0.3)[-1]
+    assert ndimage.label(ink > 0.3)[1] == 1
+    assert np.ptp(np.flatnonzero(ink.max(axis=0) > 0.3)) < 0.9 * 48
+    (ways, place), *_ = program.find_lines((1 - ink).astype(np.float32))
+    boxes = np.array([place(candidate.box) for _, candidates in ways for candidate in candidates])
+    assert np.abs(boxes[:, 2] - first).min() < 4  # where the first one ends
+    assert np.abs(boxes[:, 0] - first).min() < 4  # where the second one begins
+    assert len(boxes) < 150
+
+
 @pytest.mark.parametrize(("ending", "options"), [("jpg", {}), ("tif", {"compression": "tiff_lzw"})])
 def test_the_place_and_confidence_of_numbers(
     ending: str, options: dict[str, str], read: Callable[..., tuple[int, str, str]], tmp_path: Path
