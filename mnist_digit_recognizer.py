@@ -1754,10 +1754,11 @@ def is_word(number: Sequence[Digit], among_numbers: bool = False) -> bool:
     """Whether these are rather letters: they barely pass for digits, are not level, or look like strokes of letters."""
     # Letters are full of upright strokes, and the arch that is cut off an n is a 7. Weights and limits were chosen on
     # made numbers of MNIST's validation images, drawn digits and fonts, apart and touching, and on words of fonts.
-    strokes = {("1", False): 0.7, ("1", True): 0.0, ("7", True): 0.5}  # of a text, and whether it is cut off
+    # Of a text, and whether it is cut off: the weight of its score, and what is taken off for each.
+    strokes = {("1", False): (0.7, 0.6), ("1", True): (0.0, 1.0), ("7", True): (0.5, 1.0)}
     scores, tops, heights = np.transpose([(digit.score, digit.box[1], digit.box[3] - digit.box[1]) for digit in number])
-    weights = np.array([strokes.get((digit.text, digit.cut), 1.0) for digit in number])
-    evidence = (weights * scores).mean() + 0.4 * scores.min() - np.count_nonzero(weights < 1)
+    weights, losses = np.transpose([strokes.get((digit.text, digit.cut), (1.0, 0.0)) for digit in number])
+    evidence = (weights * scores).mean() + 0.4 * scores.min() - losses.sum()
     evidence -= 5 * (tops.std() + heights.std()) / LINE_HEIGHT
     unread = np.mean([digit.text == "?" for digit in number])
     return unread > 1 / 3 or evidence < (-1 if among_numbers else 0.75 if len(number) == 1 else 1)

@@ -2016,6 +2016,16 @@ def test_a_doubtful_number_has_digits_of_one_height(
     assert numbers_of(read(save_pictures(tmp_path / "pictures", pictures))[1]) == [(1, "55"), (0, "")]
 
 
+def test_a_number_full_of_ones_is_no_word() -> None:
+    """Letters are full of strokes like ones, but these stand apart and are as sure as any digit."""
+    number = [
+        program.Digit(n, n + 1, None, (40 * n, 0, 40 * n + 20, 60), False, text, 1.0, 5.0)
+        for n, text in enumerate("1101171")
+    ]
+    assert not program.is_word(number)
+    assert program.is_word([digit._replace(cut=True) for digit in number])
+
+
 def test_pictures_without_a_number(read: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     """A path and three empty fields; files that cannot be read stop nothing."""
     rng, folder = np.random.default_rng(2), tmp_path / "pictures"
