@@ -1441,7 +1441,7 @@ DIGIT_COLUMNS = "path digit confidence score verdict p0 p1 p2 p3 p4 p5 p6 p7 p8 
 
 
 def look_at_files(
-    model: keras.Model, paths: Sequence[Path], look: Callable[[Path], Seen], progress: bool
+    model: keras.Model, paths: Sequence[Path], look: Callable[[Path], Seen], threads: int, progress: bool
 ) -> Iterator[tuple]:
     """For each path: the path, what else is seen, or a Failure, and the probabilities of the images, (n, 10)."""
 
@@ -1451,8 +1451,7 @@ def look_at_files(
         except Failure as failure:
             return np.zeros((0, 28, 28), np.uint8), failure
 
-    # The many small arrays of a line only make threads wait for each other; decoding and finding ink gain by two.
-    with ThreadPoolExecutor(1 if look is look_at_numbers else 2) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(paths), PICTURES_PER_BATCH):
             batch = paths[start : start + PICTURES_PER_BATCH]
             images, seen = zip(*pool.map(try_to_look, batch), strict=True)
@@ -1543,10 +1542,10 @@ def find_lines(grey: np.ndarray) -> list[tuple[list, Callable[[Box], Box]]]:
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     lines, marks_of_lines = [], sort_marks(level)
     joined = sum(mark.ink.shape[1] > 1.2 * height for marks, height in marks_of_lines for mark in marks)
+    slants = CUT_SLANTS if joined <= MAX_CUT_MARKS else [None]
     for marks, height in marks_of_lines:
         zoom = LINE_HEIGHT / height
         scaled = [scale_mark(mark, zoom) for mark in marks]
-        slants = CUT_SLANTS if joined <= MAX_CUT_MARKS else [None]
         sliced = [[piece for mark in scaled for piece in cut_mark(*mark, slant)] for slant in slants]
         # Without a cut, one way is like another; with one, the uncut way is among its unions.
         sliced = [pieces for pieces in sliced if any(piece.cut for piece in pieces)] or sliced[:1]
@@ -1637,20 +1636,21 @@ def split_lines(marks: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> list[
     return sorted(lines, key=lambda line: np.median(top[line]))
 
 
-def scale_mark(mark: Piece, zoom: float) -> tuple[Piece, np.ndarray]:
-    """A mark scaled as its line is, with a margin of 3 px and thickened strokes; its ink before they were thickened."""
+def scale_mark(mark: Piece, zoom: float) -> tuple[Piece, np.ndarray, float]:
+    """A mark scaled as its line is, margin 3 px, strokes thickened; its ink and stroke width before they were."""
     size = max(2, round(mark.ink.shape[1] * zoom)), max(2, round(mark.ink.shape[0] * zoom))
     ink = scipy.ndimage.grey_dilation(mark.ink, size=max(1, round(0.5 / zoom)))  # or thin strokes fade
     ink = np.pad(Image.fromarray(ink).resize(size, Image.Resampling.BILINEAR), 3)
-    margin = max(0.0, MIN_STROKE * LINE_HEIGHT / BOX_SIDE - stroke_width(ink)) / 2
+    stroke = stroke_width(ink)
+    margin = max(0.0, MIN_STROKE * LINE_HEIGHT / BOX_SIDE - stroke) / 2
     outside = scipy.ndimage.distance_transform_edt(ink < 0.5)
     thick = np.maximum(ink, np.clip(margin + 1 - outside, 0, 1)) if margin else ink
     left, top = (round(side * zoom) - 3 for side in mark.box[:2])
-    return Piece(thick, (left, top, left + thick.shape[1], top + thick.shape[0])), ink
+    return Piece(thick, (left, top, left + thick.shape[1], top + thick.shape[0])), ink, stroke
 
 
-def cut_mark(mark: Piece, thin: np.ndarray, slant: float | None) -> list[Piece]:
-    """Cut a scaled mark from top to bottom, often, if a slant is given; `thin` is its ink to cut through."""
+def cut_mark(mark: Piece, thin: np.ndarray, stroke: float, slant: float | None) -> list[Piece]:
+    """Cut a scaled mark from top to bottom, often, if a slant is given; `thin` is its ink, of that stroke width."""
     height, width = np.array(thin.shape) - 6  # without the margin
     paths = np.empty((0, len(thin)), int)
     if slant is not None and width > 0.6 * LINE_HEIGHT and height > 0.4 * LINE_HEIGHT:
@@ -1658,7 +1658,7 @@ def cut_mark(mark: Piece, thin: np.ndarray, slant: float | None) -> list[Piece]:
         left = np.arange(thin.shape[1]) < paths[:, :, np.newaxis]
         tall = [((thin > 0.5) & side).any(axis=2).sum(axis=1) > 0.65 * height for side in (left, ~left)]
         # Most narrow marks are one digit. Two digits of that width just touch, in about the width of a stroke.
-        shallow = thin[np.arange(len(thin)), paths].sum(axis=1) < 1.8 * stroke_width(thin)
+        shallow = thin[np.arange(len(thin)), paths].sum(axis=1) < 1.8 * stroke
         paths = paths[tall[0] & tall[1] & (shallow | (width > LINE_HEIGHT))]
     slice_of = (np.arange(thin.shape[1]) >= paths[:, :, np.newaxis]).sum(axis=0)  # how many cuts are to the left
     pieces, (left, top, _, _) = [], mark.box
@@ -1757,8 +1757,8 @@ def is_word(number: Sequence[Digit], among_numbers: bool = False) -> bool:
     # Of a text, and whether it is cut off: the weight of its score, and what is taken off for each.
     strokes = {("1", False): (0.7, 0.6), ("1", True): (0.0, 1.0), ("7", True): (0.5, 1.0)}
     scores, tops, heights = np.transpose([(digit.score, digit.box[1], digit.box[3] - digit.box[1]) for digit in number])
-    weights, losses = np.transpose([strokes.get((digit.text, digit.cut), (1.0, 0.0)) for digit in number])
-    evidence = (weights * scores).mean() + 0.4 * scores.min() - losses.sum()
+    weights, penalties = np.transpose([strokes.get((digit.text, digit.cut), (1.0, 0.0)) for digit in number])
+    evidence = (weights * scores).mean() + 0.4 * scores.min() - penalties.sum()
     evidence -= 5 * (tops.std() + heights.std()) / LINE_HEIGHT
     unread = np.mean([digit.text == "?" for digit in number])
     return unread > 1 / 3 or evidence < (-1 if among_numbers else 0.75 if len(number) == 1 else 1)
@@ -2435,7 +2435,9 @@ def recognise(config: Config) -> int:
             warn(f"WARNING: {config.model_file}: no metrics.json of its run beside it; threshold {threshold} is taken")
         rows, shown, unreadable, several = [columns], [], False, 0
         progress = sys.stderr.isatty() and not sys.stdout.isatty() and not config.quiet
-        for path, seen, probabilities in look_at_files(model, paths, look, progress):
+        # The many small arrays of a line only make threads wait for each other; decoding and finding ink gain by two.
+        threads = 2 if look is look_at_digit else 1
+        for path, seen, probabilities in look_at_files(model, paths, look, threads, progress):
             if isinstance(seen, Failure):
                 warn(f"error: {seen}")
                 found, unreadable = [], True
